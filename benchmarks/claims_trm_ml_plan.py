@@ -20,13 +20,7 @@ _NO_PSEUDO_LABELS = {"memory.pseudo_labels": "none"}
 # The rows of Table 3. +KD is CARL with distillation, +MMCP and +MMCL are CARL with one of them.
 ABLATION: dict[str, dict[str, Any]] = {
     "TRM-ML": {},
-    "baseline": {
-        "model.options.region_attention": False,
-        "optimizer.decay": ("^prompts/",),
-        **_NO_DISTILLATION,
-        **_NO_CONTRAST,
-        **_NO_PSEUDO_LABELS,
-    },
+    "baseline": {"model.options.region_attention": False},
     "+CARL": {**_NO_DISTILLATION, **_NO_CONTRAST, **_NO_PSEUDO_LABELS},
     "+KD": {**_NO_CONTRAST, **_NO_PSEUDO_LABELS},
     "+MMCP": {**_NO_DISTILLATION, **_NO_CONTRAST},

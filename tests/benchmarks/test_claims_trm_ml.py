@@ -39,7 +39,7 @@ def test_the_plan_has_every_run_once(tasks):
 
 def test_rows_switch_off_what_the_paper_leaves_out(tasks):
     expected = {  # CARL, KD, MMCL, MMCP
-        "baseline": (False, False, False, "none"),
+        "baseline": (False, True, True, "both"),  # without regions the others are off
         "+CARL": (True, False, False, "none"),
         "+KD": (True, True, False, "none"),
         "+MMCP": (True, False, False, "both"),

@@ -129,7 +129,8 @@ def make(
       dtype: compute dtype; parameters and losses are float32.
       context_length: learned tokens per prompt.
       class_specific: contexts of each class, or one pair for all.
-      region_attention: CARL; without it regions are the image's pooled features (the baseline).
+      region_attention: CARL. Without it (the baseline) regions are the image's pooled features,
+        and KD, MMCL and MMCP, which need regions, are off whatever their settings.
       query_self_attention: classes attend to each other before they attend to the image.
       query_init: "text" (features of "a photo of a ...") or "normal" (0.02).
       baseline_pool: "mean" of the dense features, or "global", the tower's own pooling.
@@ -139,7 +140,10 @@ def make(
     Raises:
       UserError: a choice that does not exist or does not go together with another.
     """
-    _check(loss, memory, region_attention, query_init, baseline_pool)
+    _check(loss, memory, query_init, baseline_pool)
+    if not region_attention:
+        loss = loss._replace(distillation_weight=0.0, contrastive_weight=0.0)
+        memory = memory._replace(pseudo_labels="none")
     width, classes = clip["embed_dim"], len(info.class_names)
     attention = RegionAttention(
         num_classes=classes, dim=width, self_attention=query_self_attention, dtype=dtype
@@ -183,7 +187,7 @@ def make(
     )
 
 
-def _check(loss, memory, region_attention, query_init, baseline_pool):
+def _check(loss, memory, query_init, baseline_pool):
     choices = [
         ("loss.reduction", loss.reduction, ("sum", "mean")),
         ("loss.unknown", loss.unknown, ("auto", "ignore", "negative")),
@@ -196,12 +200,6 @@ def _check(loss, memory, region_attention, query_init, baseline_pool):
     for field, value, allowed in choices:
         if value not in allowed:
             raise UserError(f"{field}={value!r} is none of {', '.join(allowed)}")
-    needs = loss.distillation_weight or loss.contrastive_weight or memory.pseudo_labels != "none"
-    if needs and not region_attention:
-        raise UserError(
-            "model.region_attention=False leaves no regions to distil, remember or contrast: set "
-            "loss.distillation_weight=0, loss.contrastive_weight=0, memory.pseudo_labels='none'"
-        )
 
 
 def _uses_bank(parts: _Parts) -> bool:
@@ -288,7 +286,7 @@ def _remember(parts: _Parts, extras: PyTree, match: _Matching, labels, valid, st
         votes["text"] = pseudo_labels.assign(similarity, thresholds, available)
         extras["text_thresholds"], extras["text_prototypes"] = thresholds, prototypes
     if "bank" in extras:
-        assert match.energies is not None  # _check refuses a bank without regions
+        assert match.energies is not None  # make drops the bank with the regions
         pixels = jax.lax.stop_gradient(top_pixels(match.energies, match.dense, memory.pixels))
         known = (labels == 1) & valid[:, None]
         extras["bank"] = prototype_bank.push(extras["bank"], pixels, known)
