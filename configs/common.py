@@ -88,6 +88,7 @@ def trm_ml(config: ConfigDict) -> ConfigDict:
         "initial_scale": 20.0,
     })
     config.loss = ConfigDict({
+        "classification": "asl",
         "region_weight": 1.0,
         "distillation_weight": 0.05,
         "contrastive_weight": 0.01,
@@ -95,6 +96,8 @@ def trm_ml(config: ConfigDict) -> ConfigDict:
         "gamma_neg": 2.0,
         "shift": 0.05,
         "focus_gradient": False,
+        "rejection_rate": 0.002,
+        "expected_positives": 0.0,
         "reduction": "sum",
         "unknown": "auto",
         "distillation": "bernoulli",

@@ -1,6 +1,7 @@
 """TRM-ML against its specification in numpy, its ablations, and what may not matter."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from configs import common
 from tests.methods import small
 from tests.oracles.trm_ml import Oracle, decoder, sigmoid, unit
 from trm_jax.data.tokenizers import ClipTokenizer
+from trm_jax.losses import partial_labels
 from trm_jax.memory.pseudo_labels import create
 from trm_jax.methods import trm_ml
 from trm_jax.train.experiment import resolve_clip
@@ -324,12 +326,28 @@ def test_the_papers_number_of_trained_parameters():
     assert jax.tree.structure(extras["text_thresholds"]) == jax.tree.structure(create(80))
 
 
+def test_another_classification_loss_on_the_same_head_sees_unknown_labels_as_unknown():
+    settings = trm_ml.Loss(classification="hill", reduction="mean")
+    method = small.make(loss=settings, region_attention=False, single_positive=True)
+    params, extras = small.init(method)
+    batch = small.batch(0)
+    out, _ = small.loss_function(method)(params, extras, batch, 0)
+    scores = jax.jit(method.predict["scores"])(params, extras, batch)["scores"]
+    logits = np.log(scores) - np.log1p(-np.asarray(scores))
+    values = np.asarray(
+        partial_labels.hill(jnp.asarray(logits), jnp.asarray(batch["labels"]))
+    ).mean(-1)
+    np.testing.assert_allclose(out.loss, values[batch["valid"]].mean(), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"loss": trm_ml.Loss(reduction="max")}, "loss.reduction='max' is none of sum, mean"),
         ({"memory": small.memory(pseudo_labels="audio")}, "memory.pseudo_labels='audio'"),
         ({"query_init": "zeros"}, "query_init='zeros'"),
+        ({"loss": trm_ml.Loss(classification="bce")}, "loss.classification='bce' is none of asl"),
+        ({"loss": trm_ml.Loss(classification="epr")}, "needs loss.expected_positives"),
     ],
 )
 def test_choices_that_do_not_exist_are_named(options, message):

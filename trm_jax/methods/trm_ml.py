@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from trm_jax.losses.asymmetric import asymmetric_loss
+from trm_jax.losses import classification
 from trm_jax.losses.contrastive import prototype_contrastive
 from trm_jax.losses.cosine import normalize
 from trm_jax.losses.distillation import bernoulli_kl, softmax_kl
@@ -44,6 +44,7 @@ from trm_jax.types import (
 class Loss(NamedTuple):
     """Weights and choices of the objective L = L_cls + beta KD + gamma MMCL (Eq. 15)."""
 
+    classification: str = "asl"  # of losses/classification.py: other rows of Tables 1 and 2
     region_weight: float = 1.0  # alpha: L_cls = L_cls^q + alpha L_cls^r (Eq. 5)
     distillation_weight: float = 0.05  # beta; 0 drops KD
     contrastive_weight: float = 0.01  # gamma; 0 drops MMCL
@@ -51,9 +52,11 @@ class Loss(NamedTuple):
     gamma_neg: float = 2.0
     shift: float = 0.05
     focus_gradient: bool = False
+    rejection_rate: float = 0.002  # of "large_loss", more with each epoch
+    expected_positives: float = 0.0  # of "epr": classes in an image on average
     reduction: str = "sum"  # over the classes of an image, "sum" or "mean"; over images: mean
-    # Unknown entries without a pseudo-label: "ignore", "negative", or "auto": negative where the
-    # label protocol knows no negatives, since otherwise all-positive is the optimum.
+    # Unknown entries without a pseudo-label in ASL: "ignore", "negative", or "auto": negative where
+    # the label protocol knows no negatives, since otherwise all-positive is the optimum.
     unknown: str = "auto"
     distillation: str = "bernoulli"  # or "softmax", Eq. 6 to the letter
     stop_teacher: bool = True
@@ -95,6 +98,7 @@ class _Parts(NamedTuple):
     baseline_pool: str
     initial_scale: float
     stage_two_step: int
+    steps_per_epoch: int
     single_positive: bool
     num_classes: int
     width: int
@@ -168,6 +172,7 @@ def make(
         baseline_pool=baseline_pool,
         initial_scale=initial_scale,
         stage_two_step=round(memory.stage_one_epochs * info.steps_per_epoch),
+        steps_per_epoch=info.steps_per_epoch,
         single_positive=info.single_positive,
         num_classes=classes,
         width=width,
@@ -189,6 +194,7 @@ def make(
 
 def _check(loss, memory, query_init, baseline_pool):
     choices = [
+        ("loss.classification", loss.classification, classification.NAMES),
         ("loss.reduction", loss.reduction, ("sum", "mean")),
         ("loss.unknown", loss.unknown, ("auto", "ignore", "negative")),
         ("loss.distillation", loss.distillation, ("bernoulli", "softmax")),
@@ -200,6 +206,8 @@ def _check(loss, memory, query_init, baseline_pool):
     for field, value, allowed in choices:
         if value not in allowed:
             raise UserError(f"{field}={value!r} is none of {', '.join(allowed)}")
+    if loss.classification == "epr" and loss.expected_positives <= 0:
+        raise UserError("loss.classification='epr' needs loss.expected_positives, a number above 0")
 
 
 def _uses_bank(parts: _Parts) -> bool:
@@ -297,18 +305,16 @@ def _remember(parts: _Parts, extras: PyTree, match: _Matching, labels, valid, st
     return jnp.where(stage_two & unknown, joined, 0).astype(jnp.int8), extras
 
 
-def _classification(parts: _Parts, scores: tuple[Array, Array], targets: Array) -> Array:
-    """ASL per image [n] (Eq. 5); p = softmax over the pair = sigmoid(s_pos - s_neg)."""
+def _classification(parts: _Parts, scores: tuple[Array, Array], targets, valid, step) -> Array:
+    """L_cls per image [n] (Eq. 5); p = softmax over the pair = sigmoid(s_pos - s_neg)."""
     settings = parts.loss
-    logit = scores[1] - scores[0]
-    values = asymmetric_loss(
-        jax.nn.log_sigmoid(logit),
-        jax.nn.log_sigmoid(-logit),
+    values = classification.classification_loss(
+        settings.classification,
+        scores[1] - scores[0],
         targets,
-        gamma_pos=settings.gamma_pos,
-        gamma_neg=settings.gamma_neg,
-        shift=settings.shift,
-        focus_gradient=settings.focus_gradient,
+        epoch=step / parts.steps_per_epoch,
+        where=valid,
+        **{field: getattr(settings, field) for field in classification.SETTINGS},
     )
     return values.sum(-1) if settings.reduction == "sum" else values.mean(-1)
 
@@ -351,16 +357,12 @@ def _loss(parts: _Parts, params, extras, batch, step) -> StepOutput:
     pseudo, new_extras = _remember(parts, extras, match, labels, valid, step)
     targets = jnp.where(labels != 0, labels, pseudo)
     automatic = settings.unknown == "auto" and parts.single_positive
-    if settings.unknown == "negative" or automatic:
+    if settings.classification == "asl" and (settings.unknown == "negative" or automatic):
         targets = jnp.where((targets == 0) & valid[:, None], -1, targets)
-    terms = {
-        "loss_region": (
-            settings.region_weight,
-            _classification(parts, match.region_scores, targets),
-        )
-    }
+    classify = lambda scores: _classification(parts, scores, targets, valid, step)  # noqa: E731
+    terms = {"loss_region": (settings.region_weight, classify(match.region_scores))}
     if match.query_scores is not None:
-        terms["loss_query"] = (1.0, _classification(parts, match.query_scores, targets))
+        terms["loss_query"] = (1.0, classify(match.query_scores))
     if settings.distillation_weight:
         terms["loss_distillation"] = (settings.distillation_weight, _distillation(parts, match))
     metrics = {name: Mean.of(values, valid) for name, (_, values) in terms.items()}
