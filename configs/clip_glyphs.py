@@ -1,9 +1,9 @@
 """The small CLIP that the package carries: glyph scenes and their captions, two towers, InfoNCE.
 
 A contrastive loss finds no first foothold in small objects among clutter, so the towers start on
-large single objects, told by their names alone. Six runs, each from the towers of the one before:
+large single objects, told by their names alone. Seven runs, each from the towers of the one before:
 
-for stage in 1 2 3 4 5 6; do
+for stage in 1 2 3 4 5 6 7; do
   python launch/train.py --config=configs/clip_glyphs.py:$stage --workdir=runs/clip_glyphs_$stage
   python launch/export.py --workdir=runs/clip_glyphs_$stage --out=runs/clip_glyphs_$stage/export
 done
@@ -19,12 +19,13 @@ STAGES = {
     "4": (96, 6, 1.0, 1.0, True, 51_200, 128, 1e-3),
     "5": (96, 6, 1.0, 1.0, True, 51_200, 64, 1e-3),
     "6": (96, 6, 1.25, 0.5, True, 307_200, 64, 1e-3),
+    "7": (96, 6, 1.25, 0.25, True, 256_000, 64, 1e-3),
 }
 
 
 def get_config(arg: str = ""):
-    """`arg` is STAGE (6) or STAGE,NOISE: the share of images whose captions do not match (0)."""
-    stage, _, noise = (arg or "6").partition(",")
+    """`arg` is STAGE (7) or STAGE,NOISE: the share of images whose captions do not match (0)."""
+    stage, _, noise = (arg or "7").partition(",")
     if stage not in STAGES:
         raise ValueError(f"clip_glyphs.py:{stage}: the stage is one of {', '.join(STAGES)}")
     pixels, objects, scale, clutter, colours, scenes, batch_size, learning_rate = STAGES[stage]
@@ -32,8 +33,8 @@ def get_config(arg: str = ""):
     config.method = "contrastive"
     config.model.clip = common.clip_glyphs()
     config.model.tokenizer = "words"
-    # The last two align the dense features, which the methods built on these towers read.
-    config.model.options.dense_weight = 1.0 if stage in ("5", "6") else 0.0
+    # The last three align the dense features, which the methods built on these towers read.
+    config.model.options.dense_weight = 1.0 if stage in ("5", "6", "7") else 0.0
     if stage != "1":
         config.model.pretrained = f"runs/clip_glyphs_{int(stage) - 1}/export/clip.safetensors"
     config.data.update({
