@@ -4,7 +4,8 @@ python benchmarks/claims_trm_ml.py --jobs=2 --seeds=3 \
     --data=FOLDER --lit=runs/lit_flickr8k/export/clip.safetensors
 
 Writes benchmarks/results/claims_trm_ml.{json,md,png}, after every finished run; started again, it
-measures what is missing. --data is the folder of coco_dense/ and coco_subset/ (default: the
+measures what is missing: what neither --runs nor the results file has a record of, for this config
+and these weights. After a change of the code that moves the results, delete both. --data is the folder of coco_dense/ and coco_subset/ (default: the
 environment variable TRM_DATA); without --lit the rows on COCO's features are left out. A seed
 draws the parameters, the order of the images and the label mask. mAP is that of the last epoch.
 
@@ -69,7 +70,8 @@ def main(arguments: list[str]) -> None:
         overrides=_overrides(_SET.value),
         validation=_VALIDATION.value,
     )
-    records = {task.folder: harness.record_of(task, runs) for task in tasks}
+    stored = _results_file().get("records", {})
+    records = {t.folder: harness.record_of(t, runs) or stored.get(t.folder, {}) for t in tasks}
     chosen = [task for task in tasks if _matches(task, _filter(_ONLY.value))]
     if not chosen:
         raise UserError(f"--only={_ONLY.value}: no run matches")
@@ -106,12 +108,16 @@ def main(arguments: list[str]) -> None:
 
 def write(tasks: Sequence[harness.Task], records: Mapping[str, dict[str, Any]]) -> None:
     """The results file with the table and the chart beside it, from all records of the plan."""
-    path = Path(_RESULTS.value or RESULTS)
     if not any(records.values()):
         return
-    body = report.results(tasks, records, seeds=_SEEDS.value, before=workdirs.read_json(path))
+    path = Path(_RESULTS.value or RESULTS)
+    body = report.results(tasks, records, seeds=_SEEDS.value, before=_results_file())
     harness.write_results(path, body)
     report.write_pages(workdirs.read_json(path), path)
+
+
+def _results_file() -> dict[str, Any]:
+    return workdirs.read_json(Path(_RESULTS.value or RESULTS))
 
 
 def _overrides(words: Sequence[str]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def results(
 ) -> dict[str, Any]:
     """The body of the results file.
 
-    Rows of a source that this plan does not have stay as they are in the file `before`.
+    Rows and records of a source that this plan does not have stay as they are in the file `before`.
     """
     rows = harness.summarize(tasks, records, units=_UNITS, paper=lambda *_: None)
     rows += averages(rows)
@@ -88,7 +88,15 @@ def results(
         "unfinished_runs": unfinished,
         **partial,
         "rows": rows + kept,
+        "records": _other_records(before, planned)
+        | {t.folder: records[t.folder] for t in tasks if records.get(t.folder)},
     }
+
+
+def _other_records(before: Mapping[str, Any], planned: set[str]) -> dict[str, Any]:
+    """Records of the sources that are not planned; those of planned ones may be stale."""
+    found = before.get("records", {})
+    return {name: record for name, record in found.items() if not name.startswith(tuple(planned))}
 
 
 def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -136,6 +136,9 @@ def test_partial_results_keep_the_rows_of_a_source_that_is_not_planned(tasks):
     assert file["partial"] and file["unfinished_runs"]["glyphs"] == len(glyphs) - 3
     kept = [row for row in whole["rows"] if row["condition"]["source"] == "coco_features"]
     assert [r for r in file["rows"] if r["condition"]["source"] == "coco_features"] == kept
+    records = whole["records"]
+    assert file["records"] == part | {k: v for k, v in records.items() if k.startswith("coco")}
+    assert set(records) == {task.folder for task in tasks}
 
 
 def test_pages_are_written_from_the_file_alone(tasks, tmp_path):

@@ -1,5 +1,7 @@
 """Any number of devices trains the same model; checkpoints move between them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,19 @@ def test_more_devices_give_the_same_losses_and_memory(short, single, tmp_path, c
             np.testing.assert_array_equal(x, y)
         assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {1}
         run.files.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_every_number_of_devices_sees_the_whole_label_mask(experiment, count):
+    seen = np.full_like(experiment.observed, 9)
+    for batch in itertools.islice(experiment.job.batches(0), experiment.info.steps_per_epoch):
+        placed = sharding.put_batch(batch, tiny.mesh(count))
+        labels, index = (placed[k].addressable_shards for k in ("labels", "index"))
+        assert len(labels) == count
+        for mine, rows in zip(labels, index, strict=True):
+            assert mine.device == rows.device
+            seen[np.asarray(rows.data)] = np.asarray(mine.data)
+    np.testing.assert_array_equal(seen, experiment.observed)
 
 
 def test_sharded_parameters_lie_apart_and_give_the_same_losses(short, single, tmp_path):
