@@ -5,9 +5,10 @@ python benchmarks/claims_trm_ml.py --jobs=2 --seeds=3 \
 
 Writes benchmarks/results/claims_trm_ml.{json,md,png}, after every finished run; started again, it
 measures what is missing: what neither --runs nor the results file has a record of, for this config
-and these weights. After a change of the code that moves the results, delete both. --data is the folder of coco_dense/ and coco_subset/ (default: the
-environment variable TRM_DATA); without --lit the rows on COCO's features are left out. A seed
-draws the parameters, the order of the images and the label mask. mAP is that of the last epoch.
+and these weights. After a change of code that moves the results, delete both. --data is the folder
+of coco_dense/ and coco_subset/ (default: the environment variable TRM_DATA); without --lit the rows
+on COCO's features are left out. A seed draws the parameters, the order of the images and the label
+mask. mAP is that of the last epoch.
 
 To choose settings, on a fifth of the training images instead of the test images:
 python benchmarks/claims_trm_ml.py --validation --only='source=glyphs,known=0.1,name=TRM-ML' \
