@@ -17,5 +17,6 @@ def get_config(arg: str = ""):
     config.data.augment = "none"  # the scenes' features are cached
     if recipe == "ours":
         common.our_recipe(config)
+        config.model.options.context_length = common.GLYPH_CONTEXT
     config.train.epochs = common.GLYPH_EPOCHS
     return config
