@@ -53,6 +53,7 @@ _NOT_IN_FINGERPRINT = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep",
+    "evaluate.pictures",
 )
 
 

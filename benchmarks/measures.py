@@ -34,6 +34,7 @@ def training(config: ConfigDict, folder: Path) -> dict[str, float]:
     source, _, _ = experiment.open_data(config.data)
     per_epoch = pipeline.steps_per_epoch(len(source), config.data.batch_size)
     config.train.update({"log_every": per_epoch, "eval_every": per_epoch, "checkpoint_every": 0})
+    config.evaluate.pictures = 0
     final = runner.train(config, str(folder))
     lines = metrics.read_lines(folder / "metrics.jsonl")
     last = [line for line in lines if line["split"] == "train"][-1]

@@ -71,6 +71,7 @@ def base() -> ConfigDict:
             "batch_size": 64,
             "pool": "global",
             "templates": ("a photo of a {}.",),
+            "pictures": 8,  # images whose heat maps are left in WORKDIR/pictures at the end
         },
     })
 

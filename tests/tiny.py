@@ -38,7 +38,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
             "text_length": 16,
         }
     )
-    config.evaluate.batch_size = 16
+    config.evaluate.update({"batch_size": 16, "pictures": 0})
     config.train.update({"epochs": 3, "log_every": 5, "eval_every": 6, "checkpoint_every": 4})
     if "context_length" in config.model.options:
         config.model.options.context_length = 2

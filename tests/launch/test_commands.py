@@ -47,6 +47,10 @@ def test_the_workdir_says_what_was_run(trained):
     config = json.loads((trained / "config.json").read_text())
     assert config["train"]["steps"] == 6 and config["data"]["augment"] == "tai"
     assert any((trained / "tensorboard").iterdir())
+    pictures = sorted((trained / "pictures").iterdir())
+    assert [path.suffix for path in pictures] == [".png", ".png"]
+    height, width, _ = cv2.imread(str(pictures[0])).shape
+    assert width > 3 * height > 300  # the image and its five best classes in a row
 
 
 def test_a_finished_run_says_so(launch, trained):

@@ -10,6 +10,7 @@ def get_config(arg: str = ""):
     if arg not in ("", "cached", "manifest", "typo"):
         raise ValueError(f"tiny_config.py:{arg} is unknown;\ncheck the word after the colon")
     config = tiny.trm_ml(cached=arg == "cached")
+    config.evaluate.pictures = 2
     if arg == "manifest":
         config.model.tokenizer = "clip"
         config.data.update({"dataset": "manifest", "train_size": 0, "test_size": 0})

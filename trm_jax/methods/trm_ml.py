@@ -183,12 +183,7 @@ def make(
         loss=lambda params, extras, batch, *, key, step, train: _loss(
             parts, params, extras, batch, step
         ),
-        predict={
-            "prepare": lambda params, extras, batch: parts.clip.prepared(params),
-            "scores": lambda params, extras, batch: {"scores": _predict(parts, params, batch)[0]},
-            "regions": lambda params, extras, batch: _regions(parts, params, batch),
-            "dense": lambda params, extras, batch: parts.clip.cacheable(params, batch),
-        },
+        predict=_predictions(parts),
     )
 
 
@@ -379,6 +374,17 @@ def _loss(parts: _Parts, params, extras, batch, step) -> StepOutput:
     return StepOutput(jnp.asarray(total), new_extras, metrics)
 
 
+def _predictions(parts: _Parts) -> dict[str, Any]:
+    functions = {
+        "prepare": lambda params, extras, batch: parts.clip.prepared(params),
+        "scores": lambda params, extras, batch: {"scores": _predict(parts, params, batch)[0]},
+        "dense": lambda params, extras, batch: parts.clip.cacheable(params, batch),
+    }
+    if parts.attention is not None:
+        functions["regions"] = lambda params, extras, batch: _regions(parts, params, batch)
+    return functions
+
+
 def _predict(parts: _Parts, params: PyTree, batch: Batch) -> tuple[Array, _Matching]:
     """p_r [n, C]: inference is text-region matching alone."""
     if "text_positive" in batch:
@@ -392,7 +398,6 @@ def _predict(parts: _Parts, params: PyTree, batch: Batch) -> tuple[Array, _Match
 def _regions(parts: _Parts, params: PyTree, batch: Batch) -> dict[str, Array]:
     """Scores [n, C] and maps [n, C, h, w] in [0, 1]: soft regions r = sigmoid(e)."""
     scores, match = _predict(parts, params, batch)
-    if match.energies is None:
-        raise UserError("model.region_attention=False has no regions to show")
+    assert match.energies is not None  # only offered with regions
     maps = jax.nn.sigmoid(match.energies)
     return {"scores": scores, "maps": maps.reshape(*maps.shape[:2], *parts.clip.grid)}

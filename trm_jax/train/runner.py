@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from trm_jax.data import partial_labels
-from trm_jax.train import experiment, metrics, sharding, workdirs
+from trm_jax.train import experiment, metrics, pictures, sharding, workdirs
 from trm_jax.train.experiment import Experiment
 from trm_jax.train.loop import Run
 
@@ -49,6 +49,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     finally:
         writer.close()
         _write_report(folder, report, run, started)
+    if jax.process_count() == 1:
+        pictures.write(folder, built.test, config.evaluate.pictures)
     return metrics.read_lines(folder / "metrics.jsonl")[-1]
 
 
