@@ -52,11 +52,10 @@ class Loss(NamedTuple):
     gamma_neg: float = 2.0
     shift: float = 0.05
     focus_gradient: bool = False
-    rejection_rate: float = 0.002  # of "large_loss", more with each epoch
-    expected_positives: float = 0.0  # of "epr": classes in an image on average
+    rejection_rate: float = 0.002  # of "large_loss"
+    expected_positives: float = 0.0  # of "epr"
     reduction: str = "sum"  # over the classes of an image, "sum" or "mean"; over images: mean
-    # Unknown entries without a pseudo-label in ASL: "ignore", "negative", or "auto": negative where
-    # the label protocol knows no negatives, since otherwise all-positive is the optimum.
+    # Unknown entries in ASL: "ignore", "negative", or "auto": negative where no negative is known.
     unknown: str = "auto"
     distillation: str = "bernoulli"  # or "softmax", Eq. 6 to the letter
     stop_teacher: bool = True
@@ -213,7 +212,7 @@ def _init(parts: _Parts, key: Key, pretrained: PyTree | None) -> tuple[PyTree, P
     keys = jax.random.split(key, 4)
     params = parts.clip.init(keys[0], pretrained=pretrained)
     params["log_inverse_temperature"] = jnp.log(jnp.float32(parts.initial_scale))
-    vector = jnp.zeros((1, parts.width), jnp.float32)
+    vector = jnp.zeros((1, parts.width))
     if parts.attention is not None:
         region = parts.attention.init(keys[1], vector[None])["params"]
         if parts.query_init == "text":
@@ -255,9 +254,8 @@ def _forward(parts: _Parts, params: PyTree, batch: Batch, text) -> _Matching:
             image.astype(jnp.float32)[:, None], (len(image), parts.num_classes, parts.width)
         )
         return _Matching(dense, None, regions, _match(regions, text, scale), None, text)
-    variables = {"params": params["region_attention"]}
-    energies, queried = parts.attention.apply(variables, dense)  # Eq. 2
-    regions = region_features(energies, dense)  # Eq. 3-4
+    energies, queried = parts.attention.apply({"params": params["region_attention"]}, dense)
+    regions = region_features(energies, dense)  # Eq. 2-4
     return _Matching(
         dense, energies, regions, _match(regions, text, scale), _match(queried, text, scale), text
     )
@@ -266,9 +264,8 @@ def _forward(parts: _Parts, params: PyTree, batch: Batch, text) -> _Matching:
 def _remember(parts: _Parts, extras: PyTree, match: _Matching, labels, valid, step):
     """(pseudo-labels int8 [n, C], new extras): score, move thresholds, assign, push; in this
     order, so that no positive is compared with its own pixels."""
-    memory, extras = parts.memory, dict(extras)
+    memory, extras, stage_two = parts.memory, dict(extras), step >= parts.stage_two_step
     regions = jax.lax.stop_gradient(match.regions)
-    stage_two = step >= parts.stage_two_step
     settings = {"decay": memory.decay, "single_positive": parts.single_positive, "where": valid}
     votes = {"visual": jnp.zeros_like(labels), "text": jnp.zeros_like(labels)}
     if "visual_thresholds" in extras:
@@ -329,9 +326,7 @@ def _contrast(parts: _Parts, params: PyTree, bank, match: _Matching, labels, val
     """MMCL [] (Eq. 13): mean over the classes that have a positive, 0 without any."""
     mlps = params["projections"]
 
-    def project(mlp, weights, x):
-        return normalize(mlp.apply({"params": weights}, normalize(x)))
-
+    project = lambda mlp, w, x: normalize(mlp.apply({"params": w}, normalize(x)))  # noqa: E731
     values, present = prototype_contrastive(
         project(parts.text_mlp, mlps["text"], match.text[1]),
         project(parts.region_mlp, mlps["regions"], match.regions),
@@ -365,24 +360,24 @@ def _loss(parts: _Parts, params, extras, batch, step) -> StepOutput:
     if settings.contrastive_weight:
         contrast = _contrast(parts, params, extras["bank"], match, labels, valid)
         metrics["loss_contrastive"] = Mean.of(contrast)
-        total = total + settings.contrastive_weight * contrast
+        total += settings.contrastive_weight * contrast
     metrics["logit_scale"] = Mean.of(_scale(params))
     if parts.memory.pseudo_labels != "none":
-        # The hidden truth enters metrics only; these never reach the loss.
+        # The hidden truth enters metrics only.
         unknown = (labels == 0) & valid[:, None] & (step >= parts.stage_two_step)
         metrics |= pseudo_labels.quality(pseudo, batch["truth"], unknown)
     return StepOutput(jnp.asarray(total), new_extras, metrics)
 
 
 def _predictions(parts: _Parts) -> dict[str, Any]:
-    functions = {
+    predictions = {
         "prepare": lambda params, extras, batch: parts.clip.prepared(params),
         "scores": lambda params, extras, batch: {"scores": _predict(parts, params, batch)[0]},
         "dense": lambda params, extras, batch: parts.clip.cacheable(params, batch),
     }
     if parts.attention is not None:
-        functions["regions"] = lambda params, extras, batch: _regions(parts, params, batch)
-    return functions
+        predictions["regions"] = lambda params, extras, batch: _regions(parts, params, batch)
+    return predictions
 
 
 def _predict(parts: _Parts, params: PyTree, batch: Batch) -> tuple[Array, _Matching]:
