@@ -1,5 +1,6 @@
 """Heat maps of a few evaluation images, left in WORKDIR/pictures when a run ends."""
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -35,12 +36,18 @@ def write(folder: Path, source: Source, count: int) -> list[Path]:
     images = [image for _, image in chosen]
     outputs = model.run("regions", model.images(images, size=len(images)))
     written = []
-    for (index, image), row in zip(chosen, _rows(outputs), strict=False):
+    for (index, image), (scores, maps) in zip(chosen, _rows(outputs), strict=False):
         name = re.sub(r"[^\w.-]+", "_", str(source.ids[index]))
-        pairs = [dict(zip(model.class_names, values, strict=True)) for values in row]
-        truth = dict(zip(model.class_names, source.labels[index].tolist(), strict=True))
+        by_name = functools.partial(zip, model.class_names, strict=True)
         path = folder / "pictures" / f"{name}.png"
-        render_heatmaps(image, pairs[1], pairs[0], path=path, truth=truth, scaling="map")
+        render_heatmaps(
+            image,
+            dict(by_name(maps)),
+            dict(by_name(scores)),
+            path=path,
+            truth=dict(by_name(source.labels[index].tolist())),
+            scaling="map",
+        )
         written.append(path)
     return written
 
