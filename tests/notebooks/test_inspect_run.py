@@ -20,6 +20,7 @@ TINY = {
     "data.known_fraction": 0.5,
     "data.batch_size": 32,
     "evaluate.batch_size": 32,
+    "evaluate.pictures": 0,  # the notebook makes its own
     "memory.stage_one_epochs": 1.0,
     "train.epochs": 3,
     "train.log_every": 2,
