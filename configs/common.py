@@ -199,6 +199,7 @@ def clip_features(width: int) -> ConfigDict:
 
 
 GLYPH_EPOCHS, GLYPH_CONTEXT, GLYPH_BATCH = 6, 4, 32
+GLYPH_OPTIMIZER = {"learning_rate": 2e-3, "b2": 0.95, "weight_decay": 0.5}
 
 
 def glyph_task(config: ConfigDict, *, known_fraction: float) -> ConfigDict:
@@ -226,7 +227,7 @@ def glyph_schedule(config: ConfigDict) -> ConfigDict:
     """
     config.model.options.update({"context_length": GLYPH_CONTEXT, "initial_scale": 50.0})
     config.data.batch_size = GLYPH_BATCH
-    config.optimizer.update({"learning_rate": 2e-3, "b2": 0.95, "weight_decay": 0.5})
+    config.optimizer.update(GLYPH_OPTIMIZER)
     config.memory.update({"stage_one_epochs": 2.0, "decay": 0.9, "pixels": 1})
     config.train.update({"epochs": GLYPH_EPOCHS, "log_every": 25, "eval_every": 375})
     return config
@@ -238,7 +239,7 @@ def our_recipe(config: ConfigDict) -> ConfigDict:
     config.data.batch_size = GLYPH_BATCH
     config.loss.update({"weight": 1.0, "reduction": "mean_batch"})
     config.optimizer.update({
-        "name": "adamw", "learning_rate": 2e-3, "schedule": "one_cycle", "warmup_epochs": 0.0,
-        "warmup_rate": 0.0, "b2": 0.95, "weight_decay": 0.5, "decay": ("^prompts/",),
+        "name": "adamw", "schedule": "one_cycle", "warmup_epochs": 0.0, "warmup_rate": 0.0,
+        "decay": ("^prompts/",), **GLYPH_OPTIMIZER,
     })
     return config

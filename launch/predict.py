@@ -66,11 +66,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _score(model, images, batches, out: Path) -> list[dict]:
-    rows = _rows(model.run("regions", batches), len(images))
     lines = []
-    for (file, image), row in zip(images.items(), rows, strict=True):
-        scores = dict(zip(model.class_names, map(float, row["scores"]), strict=True))
-        maps = dict(zip(model.class_names, row["maps"], strict=True))
+    found = model.regions(batches, len(images))
+    for (file, image), (scores, maps) in zip(images.items(), found, strict=True):
         render_heatmaps(
             image, maps, scores, path=_free(out, file.stem), top_k=_TOP.value, scaling="map"
         )

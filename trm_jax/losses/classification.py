@@ -45,6 +45,9 @@ def classification_loss(
 ) -> Float[Array, "n C"]:
     """Values per entry, to be summed (or averaged) over classes and averaged over examples.
 
+    Source: TRM-ML, Eq. 5 and 14 ("asl") and the losses of the other rows of its Tables 1 and 2,
+    each cited at its function.
+
     Args:
       name: one of `NAMES`; see losses/asymmetric.py and losses/partial_labels.py.
       logits: [n, C], s_pos - s_neg: p = sigmoid(logit).

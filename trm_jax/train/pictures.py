@@ -1,6 +1,5 @@
 """Heat maps of a few evaluation images, left in WORKDIR/pictures when a run ends."""
 
-import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ from trm_jax.visualize.regions import render_heatmaps
 def write(folder: Path, source: Source, count: int) -> list[Path]:
     """Writes pictures of the first `count` readable images of `source`; returns their paths.
 
-    None for a method without regions and for a source without images (precomputed features).
+    None for a source without images (precomputed features).
 
     Args:
-      folder: a workdir with a checkpoint.
+      folder: a workdir with a checkpoint of a method that predicts "regions".
       source: evaluation images; a feature cache gives those it was made from.
       count: how many, 0 for none.
     """
@@ -31,24 +30,14 @@ def write(folder: Path, source: Source, count: int) -> list[Path]:
     if not chosen:
         return []
     model = predictor.load(folder)
-    if "regions" not in model.method.predict:
-        return []
-    images = [image for _, image in chosen]
-    outputs = model.run("regions", model.images(images, size=len(images)))
+    batches = model.images([image for _, image in chosen], size=len(chosen))
     written = []
-    for (index, image), (scores, maps) in zip(chosen, _rows(outputs), strict=False):
+    found = model.regions(batches, len(chosen))
+    for (index, image), (scores, maps) in zip(chosen, found, strict=True):
         name = re.sub(r"[^\w.-]+", "_", str(source.ids[index]))
-        by_name = functools.partial(zip, model.class_names, strict=True)
+        truth = dict(zip(model.class_names, source.labels[index].tolist(), strict=True))
         path = folder / "pictures" / f"{name}.png"
-        render_heatmaps(
-            image,
-            dict(by_name(maps)),
-            dict(by_name(scores)),
-            path=path,
-            truth=dict(by_name(source.labels[index].tolist())),
-            scaling="map",
-        )
-        written.append(path)
+        written.append(render_heatmaps(image, maps, scores, path=path, truth=truth, scaling="map"))
     return written
 
 
@@ -61,9 +50,3 @@ def _images(source: Source) -> Iterator[tuple[int, np.ndarray]]:
         if "image" not in sample:
             return
         yield index, sample["image"]
-
-
-def _rows(outputs) -> Iterator[tuple[list[float], list[np.ndarray]]]:
-    for part in outputs:
-        for scores, maps in zip(part["scores"], part["maps"], strict=True):
-            yield scores.tolist(), list(maps)

@@ -1,5 +1,6 @@
 """A trained model from its workdir alone: no training data, no pretrained file is needed."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,18 @@ class Predictor(NamedTuple):
             shared = jax.jit(self.method.predict["prepare"])(self.params, self.extras, {})
         for batch in batches:
             yield jax.device_get(function(self.params, self.extras, {**batch, **shared}))
+
+    def regions(
+        self, batches: Iterable[dict[str, Any]], count: int
+    ) -> Iterator[tuple[dict[str, float], dict[str, np.ndarray]]]:
+        """({class: probability}, {class: map [h, w] in [0, 1]}) of the first `count` images."""
+        outputs = self.run("regions", batches)
+        rows = (row for part in outputs for row in zip(part["scores"], part["maps"], strict=True))
+        for scores, maps in itertools.islice(rows, count):
+            yield (
+                dict(zip(self.class_names, scores.tolist(), strict=True)),
+                dict(zip(self.class_names, maps, strict=True)),
+            )
 
 
 def load(workdir: str | Path, features: np.ndarray | None = None) -> Predictor:

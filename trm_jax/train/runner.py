@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     finally:
         writer.close()
         _write_report(folder, report, run, started)
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and "regions" in built.method.predict:
         pictures.write(folder, built.test, config.evaluate.pictures)
     return metrics.read_lines(folder / "metrics.jsonl")[-1]
 
