@@ -194,8 +194,7 @@ class _Maker:
 def _take_recipe(config: ConfigDict, reference: ConfigDict) -> None:
     """DualCoOp with TRM-ML's optimizer, batch and epochs; the loss as in the demo's "ours"."""
     common.our_recipe(config)
-    for field in ("context_length", "class_specific"):
-        config.model.options[field] = reference.model.options[field]
+    config.prompts = reference.prompts
     for field in _OPTIMIZER:
         config.optimizer[field] = reference.optimizer[field]
     config.data.batch_size = reference.data.batch_size

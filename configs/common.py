@@ -39,6 +39,7 @@ def base() -> ConfigDict:
             "cache_dir": "",  # default: WORKDIR/features
             "max_bad_fraction": 0.01,
         },
+        "prompts": {},
         "loss": {},
         "memory": {},
         "optimizer": {
@@ -79,12 +80,12 @@ def base() -> ConfigDict:
 def trm_ml(config: ConfigDict) -> ConfigDict:
     """TRM-ML's own fields: the paper's recipe, every choice of its specification."""
     config.method = "trm_ml"
+    config.prompts = prompts()
     config.model.options = ConfigDict({
-        "context_length": 16,
-        "class_specific": True,
         "region_attention": True,
         "query_self_attention": False,
         "query_init": "text",
+        "attention_init": "xavier",
         "baseline_pool": "mean",
         "initial_scale": 20.0,
     })
@@ -119,12 +120,21 @@ def trm_ml(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def prompts() -> ConfigDict:
+    """The papers' dual prompts: 16 random tokens per class and sign before the class name."""
+    return ConfigDict({
+        "length": 16,
+        "class_specific": True,
+        "negative_names": True,
+        "initial_words": "",
+    })
+
+
 def dualcoop(config: ConfigDict) -> ConfigDict:
     """DualCoOp's own recipe (references in methods/dualcoop.py)."""
     config.method = "dualcoop"
+    config.prompts = prompts()
     config.model.options = ConfigDict({
-        "context_length": 16,
-        "class_specific": True,
         "position_scale": 20.0,
         "output_scale": 5.0,
     })
@@ -225,7 +235,8 @@ def glyph_schedule(config: ConfigDict) -> ConfigDict:
 
     Chosen on a fifth of the training scenes (`data.holdout`).
     """
-    config.model.options.update({"context_length": GLYPH_CONTEXT, "initial_scale": 50.0})
+    config.prompts.length = GLYPH_CONTEXT
+    config.model.options.initial_scale = 50.0
     config.data.batch_size = GLYPH_BATCH
     config.optimizer.update(GLYPH_OPTIMIZER)
     config.memory.update({"stage_one_epochs": 2.0, "decay": 0.9, "pixels": 1})

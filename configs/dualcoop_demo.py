@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
     config.data.augment = "none"  # the scenes' features are cached
     if recipe == "ours":
         common.our_recipe(config)
-        config.model.options.context_length = common.GLYPH_CONTEXT
+        config.prompts.length = common.GLYPH_CONTEXT
     # Its own recipe learns more slowly and asks for 50 epochs: it gets twice ours.
     config.train.epochs = common.GLYPH_EPOCHS * (1 if recipe == "ours" else 2)
     return config

@@ -160,7 +160,7 @@ def test_coco_reads_its_annotation_options():
     assert options <= set(inspect.signature(coco.CocoImages).parameters)
 
 
-@pytest.mark.parametrize("section", ["model.options", "loss", "memory"])
+@pytest.mark.parametrize("section", ["model.options", "prompts", "loss", "memory"])
 def test_an_unknown_key_is_an_error_that_names_its_section(section, tmp_path):
     config = tiny.trm_ml(cached=False)
     target = config.model.options if section == "model.options" else config[section]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trm_jax.data.tokenizers import WordTokenizer
-from trm_jax.methods import trm_ml
+from trm_jax.methods import frozen_clip, trm_ml
+from trm_jax.models.clip import towers as clip_towers
 from trm_jax.types import ArraySpec, DataInfo
 
 NAMES = ("sun", "cloud", "star", "cat", "top hat")
@@ -36,13 +37,13 @@ def make(module=trm_ml, *, single_positive=False, **options):
     info = DataInfo(class_names=NAMES, steps_per_epoch=2, single_positive=single_positive)
     if module is trm_ml:
         options.setdefault("memory", memory())
+    options.setdefault("prompts", frozen_clip.Prompts(length=2))
     return module.make(
         info=info,
         tokenizer=TOKENIZER,
         clip=CLIP,
         inputs=INPUTS,
         grid=GRID,
-        context_length=2,
         **options,
     )
 
@@ -51,6 +52,11 @@ def memory(**options):
     """Three slots a class, two pixels a positive, fast thresholds."""
     settings = {"slots": 3, "pixels": 2, "decay": 0.7, "stage_one_epochs": 1.0}
     return trm_ml.Memory(**(settings | options))
+
+
+def towers():
+    """The towers of `CLIP`."""
+    return clip_towers.build(CLIP)
 
 
 def init(method):

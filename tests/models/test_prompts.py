@@ -58,7 +58,8 @@ def test_a_name_that_does_not_fit_is_named():
 
 
 @pytest.mark.parametrize("class_specific", [True, False])
-def test_contexts_that_spell_words_give_the_features_of_the_sentences(class_specific):
+@pytest.mark.parametrize("negatives", [NAMES, ["", ""]])
+def test_contexts_that_spell_words_give_the_features_of_the_sentences(class_specific, negatives):
     net = towers.build(CONFIG)
     variables = random_variables(CONFIG)
     apply = jax.jit(net.apply, static_argnames="method")
@@ -67,8 +68,9 @@ def test_contexts_that_spell_words_give_the_features_of_the_sentences(class_spec
         return apply(variables, np.asarray(tokens), method="embed_tokens")
 
     tokenizer = Tokenizer()
-    ids, lengths = prompts.class_token_ids(NAMES, tokenizer)
-    total = prompts.prompt_length(NAMES, lengths, context=3, context_length=12)
+    names = [*negatives, *NAMES]
+    ids, lengths = prompts.class_token_ids(names, tokenizer)
+    total = prompts.prompt_length(names, lengths, context=3, context_length=12)
     module = prompts.DualPrompts(2, 8, length=3, class_specific=class_specific)
     phrases = {"negative": "of photo a", "positive": "a photo of"}
     contexts = {name: embed(tokenizer.encode(text)) for name, text in phrases.items()}
@@ -78,7 +80,8 @@ def test_contexts_that_spell_words_give_the_features_of_the_sentences(class_spec
     assert embeddings.shape == (4, 8, 8)
     actual = apply(variables, embeddings, eos, method="encode_prompts")
 
-    texts = [f"{phrases[sign]} {name}." for sign in phrases for name in ("traffic light", "cat")]
+    contexts_of = [phrases["negative"]] * 2 + [phrases["positive"]] * 2
+    texts = [f"{c} {n.replace('_', ' ')}." for c, n in zip(contexts_of, names, strict=True)]
     tokens = np.zeros((4, 10), np.int32)
     for row, text in zip(tokens, texts, strict=True):
         sentence = [2, *tokenizer.encode(text), 3]
@@ -89,11 +92,11 @@ def test_contexts_that_spell_words_give_the_features_of_the_sentences(class_spec
 
 def test_initial_contexts_and_the_papers_count():
     module = prompts.DualPrompts(80, 512)
-    arguments = (jnp.zeros((1, 512)), jnp.zeros((80, 5, 512)), np.full(80, 5), 24)
+    arguments = (jnp.zeros((1, 512)), jnp.zeros((160, 5, 512)), np.full(160, 5), 24)
     spec = jax.eval_shape(lambda key: module.init(key, *arguments), jax.random.key(0))
     assert towers.count_parameters(spec) == 2 * 80 * 16 * 512 == 1_310_720
     small = prompts.DualPrompts(10, 64)
-    arguments = (jnp.zeros((1, 64)), jnp.zeros((10, 5, 64)), np.full(10, 5), 24)
+    arguments = (jnp.zeros((1, 64)), jnp.zeros((20, 5, 64)), np.full(20, 5), 24)
     params = small.init(jax.random.key(0), *arguments)["params"]
     assert not np.array_equal(params["negative"], params["positive"])
     for context in params.values():

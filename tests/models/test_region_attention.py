@@ -117,6 +117,23 @@ def test_mlp_is_two_biased_layers_around_a_relu():
     np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=1e-5)
 
 
+def test_an_identity_start_attends_where_image_and_text_agree():
+    module = region_attention.RegionAttention(C, D, True, kernel_init="identity")
+    rng = np.random.default_rng(4)
+    dense = rng.normal(size=(N, HW, D)).astype(np.float32)
+    params = jax.jit(module.init)(jax.random.key(0), dense)["params"]
+    layers = {name: part for name, part in params.items() if isinstance(part, dict)}
+    kernels = {name: part["kernel"] for name, part in layers.items() if "kernel" in part}
+    identities = {name for name, kernel in kernels.items() if np.array_equal(kernel, np.eye(D))}
+    assert identities == {"query", "key", "value", "out"} < set(kernels)
+    module = region_attention.RegionAttention(C, D, kernel_init="identity")
+    plain = {"scale": np.ones(D), "bias": np.zeros(D)}
+    energies, _ = module.apply({"params": params}, dense)
+    queries = _norm(np.asarray(params["queries"], np.float64), plain)
+    expected = np.einsum("cd,npd->ncp", queries, _norm(dense, plain)) / np.sqrt(D)
+    np.testing.assert_allclose(energies, expected, atol=1e-5)
+
+
 def test_initial_queries_are_replaced_and_their_shape_checked():
     module = region_attention.RegionAttention(C, D)
     params = random_module(module, jnp.zeros((1, 2, D)))["params"]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 TINY = {
     "model.pretrained": "random",  # the pictures need no good model
     "model.clip.text.layers": 1,
-    "model.options.context_length": 4,
+    "prompts.length": 4,
     "data.image_size": 64,
     "data.train_size": 64,
     "data.test_size": 32,

@@ -34,30 +34,20 @@ def make(
     inputs: BatchSpec,
     grid: tuple[int, int],
     dtype=jnp.float32,
-    context_length: int = 16,
-    class_specific: bool = True,
     position_scale: float = 20.0,
     output_scale: float = 5.0,
+    prompts: frozen_clip.Prompts = frozen_clip.Prompts(),
     loss: Loss = Loss(),
 ) -> Method:
     """The method, from plain arguments.
 
     Args:
-      info, tokenizer, clip, inputs, grid, dtype, context_length, class_specific: as trm_ml.make.
+      info, tokenizer, clip, inputs, grid, dtype, prompts: as in trm_ml.make.
       position_scale: factor of the cosine at each position, in the softmax over positions too.
       output_scale: factor of the aggregated logits.
       loss: see `Loss`.
     """
-    shared = frozen_clip.make(
-        info=info,
-        tokenizer=tokenizer,
-        clip=clip,
-        inputs=inputs,
-        grid=grid,
-        context_length=context_length,
-        class_specific=class_specific,
-        dtype=dtype,
-    )
+    shared = frozen_clip.make(info, tokenizer, clip, inputs, grid, prompts, dtype)
 
     def scores(params: PyTree, batch: Batch) -> tuple[Array, Array]:
         """(logit s_pos - s_neg [n, C], weights of the positions [n, C, hw])."""

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from trm_jax.losses.cosine import normalize
 from trm_jax.models import prompts as prompt_models
 from trm_jax.models.clip import towers
-from trm_jax.types import Array, ArraySpec, Batch, BatchSpec, DataInfo, Key, PyTree
+from trm_jax.types import Array, ArraySpec, Batch, BatchSpec, DataInfo, Key, PyTree, UserError
+
+
+class Prompts(NamedTuple):
+    """The learnable prompts of a method (models/prompts.py)."""
+
+    length: int = 16  # context tokens of each prompt
+    class_specific: bool = True  # a context per class and sign, or one pair for all classes
+    negative_names: bool = True  # the negative prompts carry the class name too (the papers)
+    initial_words: str = ""  # `length` tokens from which contexts start; "": N(0, 0.02^2)
 
 
 class FrozenClip(NamedTuple):
@@ -28,9 +37,10 @@ class FrozenClip(NamedTuple):
     prompt_length: int
     inputs: BatchSpec
     sos_id: int
-    name_ids: Array  # [C, S] tokens of "{name}." and EOS, zero padded
-    name_lengths: Array  # [C]
+    name_ids: Array  # [2C, S] tokens of "{name}." and EOS, zero padded; negative prompts first
+    name_lengths: Array  # [2C]
     photo_ids: Array  # [C, T] "a photo of a {name}."
+    context_ids: Array  # [L] tokens of `Prompts.initial_words`, [0] without
     grid: tuple[int, int]  # positions of a dense map
 
     def init(self, key: Key, *, pretrained: PyTree | None) -> dict[str, PyTree]:
@@ -38,8 +48,12 @@ class FrozenClip(NamedTuple):
         clip_key, prompt_key = jax.random.split(key)
         variables = towers.init(self.config, clip_key) if pretrained is None else pretrained
         constants = self._constants(variables)
-        prompts = self.prompts.init(prompt_key, *constants, self.name_lengths, self.prompt_length)
-        return {"clip": variables, "prompts": prompts["params"]}
+        arguments = (*constants, self.name_lengths, self.prompt_length)
+        prompts = self.prompts.init(prompt_key, *arguments)["params"]
+        if self.context_ids.size:
+            words = self.towers.apply(variables, self.context_ids, method="embed_tokens")
+            prompts = jax.tree.map(lambda drawn: jnp.broadcast_to(words, drawn.shape), prompts)
+        return {"clip": variables, "prompts": prompts}
 
     def image_features(self, params: PyTree, batch: Batch) -> tuple[Array, Array]:
         """(dense [n, hw, d], pooled [n, d]) in the joint space, without gradient."""
@@ -87,14 +101,12 @@ class FrozenClip(NamedTuple):
 
 
 def make(
-    *,
     info: DataInfo,
     tokenizer,
     clip: Mapping[str, Any],
     inputs: BatchSpec,
     grid: tuple[int, int],
-    context_length: int,
-    class_specific: bool,
+    prompts: Prompts,
     dtype,
 ) -> FrozenClip:
     """Builds the shared part of a prompt-tuning method.
@@ -105,31 +117,41 @@ def make(
       clip: towers' config, models/clip/towers.py.
       inputs: the image entry of a batch.
       grid: height and width of its dense map.
-      context_length: learned tokens per prompt.
-      class_specific: a context per class, or one shared by all.
+      prompts: see `Prompts`.
       dtype: compute dtype.
+
+    Raises:
+      UserError: a prompt is too long, or its initial words have another length.
     """
     model = towers.build(clip, dtype=dtype)
     limit = clip["text"]["context_length"]
     names = info.class_names
-    name_ids, lengths = prompt_models.class_token_ids(names, tokenizer)
+    context_ids = tokenizer.encode(prompts.initial_words)
+    if context_ids and len(context_ids) != prompts.length:
+        raise UserError(
+            f"prompts.initial_words={prompts.initial_words!r} has {len(context_ids)} tokens; set "
+            f"prompts.length, now {prompts.length}, to it"
+        )
+    negatives = names if prompts.negative_names else [""] * len(names)
+    name_ids, lengths = prompt_models.class_token_ids([*negatives, *names], tokenizer)
     return FrozenClip(
         config=clip,
         towers=model,
         prompts=prompt_models.DualPrompts(
             num_classes=len(names),
             width=clip["text"]["width"],
-            length=context_length,
-            class_specific=class_specific,
+            length=prompts.length,
+            class_specific=prompts.class_specific,
         ),
         prompt_length=prompt_models.prompt_length(
-            names, lengths, context=context_length, context_length=limit
+            [*negatives, *names], lengths, context=prompts.length, context_length=limit
         ),
         inputs=inputs,
         sos_id=tokenizer.sos_id,
         name_ids=jnp.asarray(name_ids),
         name_lengths=jnp.asarray(lengths),
         photo_ids=jnp.asarray(photo_tokens(names, tokenizer, limit)),
+        context_ids=jnp.asarray(context_ids, jnp.int32),
         grid=grid,
     )
 

@@ -17,7 +17,8 @@ from trm_jax.losses.contrastive import prototype_contrastive
 from trm_jax.losses.cosine import normalize
 from trm_jax.losses.distillation import bernoulli_kl, softmax_kl
 from trm_jax.memory import prototype_bank, pseudo_labels
-from trm_jax.methods import frozen_clip
+from trm_jax.methods import frozen_clip, trm_ml_settings
+from trm_jax.methods.trm_ml_settings import Loss, Memory
 from trm_jax.models.region_attention import (
     Mlp,
     RegionAttention,
@@ -37,40 +38,7 @@ from trm_jax.types import (
     Method,
     PyTree,
     StepOutput,
-    UserError,
 )
-
-
-class Loss(NamedTuple):
-    """Weights and choices of the objective L = L_cls + beta KD + gamma MMCL (Eq. 15)."""
-
-    classification: str = "asl"  # of losses/classification.py: other rows of Tables 1 and 2
-    region_weight: float = 1.0  # alpha: L_cls = L_cls^q + alpha L_cls^r (Eq. 5)
-    distillation_weight: float = 0.05  # beta; 0 drops KD
-    contrastive_weight: float = 0.01  # gamma; 0 drops MMCL
-    gamma_pos: float = 1.0
-    gamma_neg: float = 2.0
-    shift: float = 0.05
-    focus_gradient: bool = False
-    rejection_rate: float = 0.002  # of "large_loss"
-    expected_positives: float = 0.0  # of "epr"
-    reduction: str = "sum"  # over the classes of an image, "sum" or "mean"; over images: mean
-    # Unknown entries in ASL: "ignore", "negative", or "auto": negative where no negative is known.
-    unknown: str = "auto"
-    distillation: str = "bernoulli"  # or "softmax", Eq. 6 to the letter
-    stop_teacher: bool = True
-    temperature: float = 0.2  # of MMCL
-    negatives: str = "both"  # of MMCL: "other_classes", "known_negatives", "both"
-
-
-class Memory(NamedTuple):
-    """The multimodal category prototypes (MMCP); pseudo_labels "none" drops them."""
-
-    pseudo_labels: str = "both"  # "none", "visual", "text", "both" (Table 6)
-    slots: int = 64  # L, prototypes per class
-    pixels: int = 4  # k, pixels pushed per known positive
-    decay: float = 0.99  # eta of the thresholds (Eq. 11)
-    stage_one_epochs: float = 5.0  # pseudo-labels are off before
 
 
 class _Matching(NamedTuple):
@@ -111,13 +79,13 @@ def make(
     inputs: BatchSpec,
     grid: tuple[int, int],
     dtype=jnp.float32,
-    context_length: int = 16,
-    class_specific: bool = True,
     region_attention: bool = True,
     query_self_attention: bool = False,
     query_init: str = "text",
+    attention_init: str = "xavier",
     baseline_pool: str = "mean",
     initial_scale: float = 20.0,
+    prompts: frozen_clip.Prompts = frozen_clip.Prompts(),
     loss: Loss = Loss(),
     memory: Memory = Memory(),
 ) -> Method:
@@ -130,38 +98,33 @@ def make(
       inputs: the image entry of a batch.
       grid: (h, w) of its dense features.
       dtype: compute dtype; parameters and losses are float32.
-      context_length: learned tokens per prompt.
-      class_specific: contexts of each class, or one pair for all.
       region_attention: CARL. Without it (the baseline) regions are the image's pooled features,
         and KD, MMCL and MMCP, which need regions, are off whatever their settings.
       query_self_attention: classes attend to each other before they attend to the image.
       query_init: "text" (features of "a photo of a ...") or "normal" (0.02).
+      attention_init: kernels of the attention: "xavier", or "identity" for few labels
+        (models/region_attention.py).
       baseline_pool: "mean" of the dense features, or "global", the tower's own pooling.
       initial_scale: 1/tau at the start; clamped to 100.
-      loss, memory: see there.
+      prompts, loss, memory: see there.
 
     Raises:
       UserError: a choice that does not exist or does not go together with another.
     """
-    _check(loss, memory, query_init, baseline_pool)
+    trm_ml_settings.check(loss, memory, query_init, attention_init, baseline_pool)
     if not region_attention:
         loss = loss._replace(distillation_weight=0.0, contrastive_weight=0.0)
         memory = memory._replace(pseudo_labels="none")
     width, classes = clip["embed_dim"], len(info.class_names)
     attention = RegionAttention(
-        num_classes=classes, dim=width, self_attention=query_self_attention, dtype=dtype
+        num_classes=classes,
+        dim=width,
+        self_attention=query_self_attention,
+        kernel_init=attention_init,
+        dtype=dtype,
     )
     parts = _Parts(
-        clip=frozen_clip.make(
-            info=info,
-            tokenizer=tokenizer,
-            clip=clip,
-            inputs=inputs,
-            grid=grid,
-            context_length=context_length,
-            class_specific=class_specific,
-            dtype=dtype,
-        ),
+        clip=frozen_clip.make(info, tokenizer, clip, inputs, grid, prompts, dtype),
         attention=attention if region_attention else None,
         text_mlp=text_projection(width),
         region_mlp=region_projection(width),
@@ -184,24 +147,6 @@ def make(
         ),
         predict=_predictions(parts),
     )
-
-
-def _check(loss, memory, query_init, baseline_pool):
-    choices = [
-        ("loss.classification", loss.classification, classification.NAMES),
-        ("loss.reduction", loss.reduction, ("sum", "mean")),
-        ("loss.unknown", loss.unknown, ("auto", "ignore", "negative")),
-        ("loss.distillation", loss.distillation, ("bernoulli", "softmax")),
-        ("loss.negatives", loss.negatives, ("other_classes", "known_negatives", "both")),
-        ("memory.pseudo_labels", memory.pseudo_labels, ("none", "visual", "text", "both")),
-        ("model.query_init", query_init, ("text", "normal")),
-        ("model.baseline_pool", baseline_pool, ("mean", "global")),
-    ]
-    for field, value, allowed in choices:
-        if value not in allowed:
-            raise UserError(f"{field}={value!r} is none of {', '.join(allowed)}")
-    if loss.classification == "epr" and loss.expected_positives <= 0:
-        raise UserError("loss.classification='epr' needs loss.expected_positives, a number above 0")
 
 
 def _uses_bank(parts: _Parts) -> bool:
@@ -326,7 +271,9 @@ def _contrast(parts: _Parts, params: PyTree, bank, match: _Matching, labels, val
     """MMCL [] (Eq. 13): mean over the classes that have a positive, 0 without any."""
     mlps = params["projections"]
 
-    project = lambda mlp, w, x: normalize(mlp.apply({"params": w}, normalize(x)))  # noqa: E731
+    def project(mlp: Mlp, weights: PyTree, vectors: Array) -> Array:
+        return normalize(jnp.asarray(mlp.apply({"params": weights}, normalize(vectors))))
+
     values, present = prototype_contrastive(
         project(parts.text_mlp, mlps["text"], match.text[1]),
         project(parts.region_mlp, mlps["regions"], match.regions),
@@ -349,7 +296,10 @@ def _loss(parts: _Parts, params, extras, batch, step) -> StepOutput:
     automatic = settings.unknown == "auto" and parts.single_positive
     if settings.classification == "asl" and (settings.unknown == "negative" or automatic):
         targets = jnp.where((targets == 0) & valid[:, None], -1, targets)
-    classify = lambda scores: _classification(parts, scores, targets, valid, step)  # noqa: E731
+
+    def classify(scores: tuple[Array, Array]) -> Array:
+        return _classification(parts, scores, targets, valid, step)
+
     terms = {"loss_region": (settings.region_weight, classify(match.region_scores))}
     if match.query_scores is not None:
         terms["loss_query"] = (1.0, classify(match.query_scores))

@@ -2,7 +2,10 @@
 
 The prompt of class c is [SOS][w_1 .. w_L][class name][.][EOS]; only the contexts w are trained
 (CoOp, Zhou et al. 2022; DualCoOp, Sun et al. 2022). Since the text tower is causal, prompts are cut
-at the longest EOS instead of being padded to the full context length.
+at the longest EOS instead of being padded to the full context length. With the name in both
+prompts, their difference says nothing before training: what the towers know of the name cancels.
+A negative prompt without the name keeps that knowledge, which decides where a class has few known
+labels or none.
 """
 
 from collections.abc import Sequence
@@ -82,16 +85,16 @@ class DualPrompts(nn.Module):
     def __call__(
         self,
         prefix: Float[AnyArray, "1 w"],
-        name_embeddings: Float[AnyArray, "C S w"],
-        name_lengths: Int[AnyArray, " C"],
+        name_embeddings: Float[AnyArray, "C2 S w"],
+        name_lengths: Int[AnyArray, " C2"],
         total: int,
     ) -> tuple[Float[Array, "C2 T w"], Int[Array, " C2"]]:
         """Prompt embeddings and EOS positions, for `ClipTowers.encode_prompts`.
 
         Args:
           prefix: embedding of SOS.
-          name_embeddings: embeddings of the `class_token_ids`; rows beyond a name are ignored,
-            since they lie behind its EOS.
+          name_embeddings: embeddings of what follows each context (`class_token_ids`), all negative
+            prompts first; tokens beyond a name are ignored, since they lie behind its EOS.
           name_lengths: tokens of each name part, EOS included.
           total: T, static, from `prompt_length`.
 
@@ -113,11 +116,10 @@ class DualPrompts(nn.Module):
         names = jnp.pad(names, ((0, 0), (0, padding), (0, 0)))
         embeddings = jnp.concatenate(
             [
-                jnp.broadcast_to(prefix[None, None], (2, count, 1, self.width)),
-                contexts,
-                jnp.broadcast_to(names[None], (2, *names.shape)),
+                jnp.broadcast_to(prefix, (2 * count, 1, self.width)),
+                contexts.reshape(2 * count, self.length, self.width),
+                names,
             ],
-            axis=2,
+            axis=1,
         )
-        eos = jnp.tile(self.length + jnp.asarray(name_lengths), 2)
-        return embeddings.reshape(2 * count, total, self.width), eos
+        return embeddings, self.length + jnp.asarray(name_lengths)

@@ -18,6 +18,11 @@ from trm_jax.models.clip.transformer import gelu, layer_norm
 from trm_jax.types import PyTree, UserError
 
 _XAVIER = nn.initializers.xavier_uniform()
+_ZEROS = nn.initializers.zeros
+INITIALIZERS = {
+    "xavier": _XAVIER,
+    "identity": lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype),
+}
 
 
 class Linear(nn.Module):
@@ -26,10 +31,12 @@ class Linear(nn.Module):
     inputs: int
     outputs: int
     dtype: Any = jnp.float32
+    kernel_init: Callable = _XAVIER
 
     def setup(self):
-        self.kernel = self.param("kernel", _XAVIER, (self.inputs, self.outputs))
-        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        shape = (self.inputs, self.outputs)
+        self.kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        self.bias = self.param("bias", _ZEROS, (self.outputs,))
 
     def __call__(self, x: Float[AnyArray, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """x W + b in `dtype`."""
@@ -79,12 +86,16 @@ class RegionAttention(nn.Module):
       num_classes: C.
       dim: d.
       self_attention: the queries first attend to each other (pre-norm, residual, one head).
+      kernel_init: of W_q, W_k, W_v and W_o, a name of INITIALIZERS. With "identity" and queries
+        that are text features, attention starts where image and text agree, and F_q in the joint
+        space; "xavier" (the default of attention layers) starts anywhere and learns both.
       dtype: of the compute; the energies and both softmaxes are float32.
     """
 
     num_classes: int
     dim: int
     self_attention: bool = False
+    kernel_init: str = "xavier"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -114,7 +125,8 @@ class RegionAttention(nn.Module):
         return energies, hidden + mlp(layer_norm("hidden_norm")(hidden))
 
     def _linear(self, name: str, dtype: Any) -> Linear:
-        return Linear(self.dim, self.dim, dtype, name=name)
+        init = _XAVIER if name.startswith("self_") else INITIALIZERS[self.kernel_init]
+        return Linear(self.dim, self.dim, dtype, init, name=name)
 
     def _attend_among(self, queries: Float[AnyArray, "C d"]) -> Float[Array, "C d"]:
         query, key, value = (

@@ -20,7 +20,7 @@ from trm_jax.data.feature_cache import CachedFeatures, cache_key, write_cache
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.subset import Subset, hold_out
 from trm_jax.data.transforms import image_transform
-from trm_jax.methods import MAKERS, dualcoop, trm_ml
+from trm_jax.methods import MAKERS, dualcoop, frozen_clip, trm_ml
 from trm_jax.models.clip.config import validate
 from trm_jax.pretrained import registry
 from trm_jax.train import checkpoints, optimizers, paths
@@ -192,6 +192,7 @@ def make_method(config, info, tokenizer, clip, inputs, grid) -> Method:
             **options,
         )
     module = _SECTIONS[config.method]
+    options["prompts"] = _call(frozen_clip.Prompts, "prompts", **config.prompts.to_dict())
     options["loss"] = _call(module.Loss, "loss", **config.loss.to_dict())
     if config.method == "trm_ml":
         options["memory"] = _call(trm_ml.Memory, "memory", **config.memory.to_dict())
