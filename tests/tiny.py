@@ -41,7 +41,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.evaluate.update({"batch_size": 16, "pictures": 0})
     config.train.update({"epochs": 3, "log_every": 5, "eval_every": 6, "checkpoint_every": 4})
     if "length" in config.prompts:
-        config.prompts.length = 2
+        config.prompts.update({"length": 2, "initial_words": ""})
     if "slots" in config.memory:
         config.memory.update({"slots": 4, "pixels": 2, "stage_one_epochs": 1.25})
     return config
