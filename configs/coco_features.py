@@ -32,14 +32,15 @@ def get_config(arg: str = ""):
 def _few_labels(config):
     """A hundred known positives in all, for half of the classes: start from what the towers know.
 
-    Chosen on 30 % of the training images (`data.holdout`) at 10 % known labels.
+    Chosen at 10 % known labels on quarters of the training photos, four draws: 27.5 mAP there,
+    beside 25.2 zero-shot and 21.3 by logistic regression.
     """
     config.prompts.update({
         "length": 4, "negative_names": False, "initial_words": "a photo of a",
     })
     config.model.options.update({"attention_init": "identity", "initial_scale": 50.0})
     config.loss.distillation_weight = 0.005
-    config.memory.update({"stage_one_epochs": 15.0, "decay": 0.9, "pixels": 1})
+    config.memory.update({"stage_one_epochs": 7.0, "decay": 0.9, "pixels": 1})
     config.optimizer.update({"learning_rate": 5e-4, "b2": 0.95})
-    config.train.epochs = 20
+    config.train.epochs = 10
     return config
