@@ -13,6 +13,7 @@ def get_config(arg: str = ""):
     config.method = "contrastive"
     config.model.clip = common.clip_features(width=96)
     config.model.tokenizer = "words"
+    config.model.options.dense_weight = 0.0  # 1.0: dense features that find objects better
     config.data.update({
         "dataset": "flickr8k_features", "root": arg, "text_length": 24, "batch_size": 128,
     })

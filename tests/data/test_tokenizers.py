@@ -55,6 +55,13 @@ def test_config_and_pickle_round_trip(tokenizer):
         assert copy.vocab_size == tokenizer.vocab_size
 
 
+def test_names_that_the_tower_cannot_read_are_listed():
+    words = tokenizers.WordTokenizer(("traffic", "light", "cat"))
+    names = ["traffic_light", "cat", "giraffe", "traffic cone"]
+    assert tokenizers.names_with_unknown_words(words, names) == ["giraffe", "traffic cone"]
+    assert tokenizers.names_with_unknown_words(tokenizers.ClipTokenizer(), names) == []
+
+
 def test_bad_configs_are_refused():
     with pytest.raises(UserError, match="'bpe' is unknown"):
         tokenizers.from_config({"kind": "bpe"})

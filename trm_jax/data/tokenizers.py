@@ -117,6 +117,15 @@ class WordTokenizer:
         return {"kind": "words", "words": list(self.words)}
 
 
+def names_with_unknown_words(tokenizer: Tokenizer, names: Sequence[str]) -> list[str]:
+    """The class names of which the text tower knows a word not at all, in their order.
+
+    All unknown words are one token, so such names may share one text. Never so with CLIP's bytes.
+    """
+    unknown = getattr(tokenizer, "unknown_id", None)
+    return [name for name in names if unknown in tokenizer.encode(name.replace("_", " "))]
+
+
 def split_words(text: str) -> list[str]:
     """Lower-cased words (an apostrophe stays inside its word) and single punctuation marks."""
     return _WORD.findall(text.lower())

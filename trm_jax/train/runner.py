@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from trm_jax.data import partial_labels
+from trm_jax.data import partial_labels, tokenizers
 from trm_jax.train import experiment, metrics, pictures, sharding, workdirs
 from trm_jax.train.experiment import Experiment
 from trm_jax.train.loop import Run
@@ -100,6 +100,9 @@ def _report(built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
             "labels_unknown": int((observed == 0).sum()) if observed is not None else None,
         },
         "label_mask_sha256": partial_labels.mask_sha256(observed) if observed is not None else None,
+        "names_with_unknown_words": tokenizers.names_with_unknown_words(
+            built.tokenizer, built.info.class_names
+        ),
         "resumed_from": resumed,
         "seconds_before": before.get("wall_seconds", 0.0),
         "skipped_before": before.get("skipped_samples", []),
@@ -117,6 +120,11 @@ def _announce(report: dict[str, Any], step: int, total: int) -> None:
     print("data: " + ", ".join(f"{k} {v:,}" for k, v in data.items() if v is not None))
     if report["label_mask_sha256"]:
         print(f"label mask SHA-256: {report['label_mask_sha256']}")
+    if report["names_with_unknown_words"]:
+        print(
+            "the text tower does not know every word of these classes, so it may confuse them: "
+            + ", ".join(report["names_with_unknown_words"])
+        )
     if step:
         print(f"resuming from step {step} of {total}")
 
