@@ -87,6 +87,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    missing = re.match(r"flag --(\w+)=None: .* must have a value", text)
+    if missing:
+        return f"--{missing[1]} is missing; --help lists the flags"
     return re.sub(r"^FATAL Flags parsing error:?\s*", "", text) or type(error).__name__
 
 

@@ -44,6 +44,7 @@ CASES = {
     "evaluator": (["--config.evaluate.kinds=('map',)"], "evaluate.kinds: 'map'", "multilabel"),
     "weights": (["--config.model.pretrained=no.safetensors"], "model.pretrained", "no.safetensors"),
     "loss choice": (["--config.loss.reduction=max"], "loss.reduction='max'", "sum, mean"),
+    "initial words": (["--config.prompts.initial_words=a"], "initial_words='a'", "prompts.length"),
     "tokenizer": (["--config.model.tokenizer=bpe"], "model.tokenizer='bpe'", "words"),
     "nan policy": (["--config.train.nan_policy=ignore"], "train.nan_policy", "skip"),
 }
@@ -63,8 +64,8 @@ def test_train_refuses(launch, tmp_path, name):
     ("words", "wanted"),
     [
         (["--config=configs/none.py", "--workdir=x"], "configs/none.py"),
-        ([f"--config={CONFIG}"], "workdir"),
-        (["--workdir=x"], "config"),
+        ([f"--config={CONFIG}"], "--workdir is missing"),
+        (["--workdir=x"], "--config is missing"),
         ([f"--config={CONFIG}:nonsense", "--workdir=x"], "nonsense is unknown; check the word"),
         ([f"--config={CONFIG}:typo", "--workdir=x"], "no option 'caption_nois'"),
         (
