@@ -1,6 +1,7 @@
 """The prompts that methods share: where contexts start and what the negative prompt says."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +24,13 @@ def test_prompts_that_start_from_words_are_sentences(class_specific):
         tokens = small.TOKENIZER([f"photo of a {name}." for name in names], 12)
         expected = net.apply(params["clip"], tokens, method="encode_text")
         np.testing.assert_allclose(text[f"text_{sign}"], expected, atol=1e-5)
+
+
+def test_prompts_that_start_from_words_are_float32_in_any_compute_dtype():
+    settings = Prompts(length=3, initial_words="photo of a")
+    method = small.make(dualcoop, prompts=settings, dtype=jnp.bfloat16)
+    params, _ = small.init(method)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params["prompts"])} == {np.dtype("float32")}
 
 
 def test_with_names_in_both_prompts_the_words_cancel():

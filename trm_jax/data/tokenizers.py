@@ -118,9 +118,10 @@ class WordTokenizer:
 
 
 def names_with_unknown_words(tokenizer: Tokenizer, names: Sequence[str]) -> list[str]:
-    """The class names of which the text tower knows a word not at all, in their order.
+    """The `names` with a word that is not in the tokenizer's list, in their order.
 
-    All unknown words are one token, so such names may share one text. Never so with CLIP's bytes.
+    All such words are one token, so these classes may share one text. CLIP's byte pairs know every
+    word: the list is then empty.
     """
     unknown = getattr(tokenizer, "unknown_id", None)
     return [name for name in names if unknown in tokenizer.encode(name.replace("_", " "))]

@@ -199,8 +199,9 @@ def _forward(parts: _Parts, params: PyTree, batch: Batch, text) -> _Matching:
             image.astype(jnp.float32)[:, None], (len(image), parts.num_classes, parts.width)
         )
         return _Matching(dense, None, regions, _match(regions, text, scale), None, text)
-    energies, queried = parts.attention.apply({"params": params["region_attention"]}, dense)
-    regions = region_features(energies, dense)  # Eq. 2-4
+    variables = {"params": params["region_attention"]}
+    energies, queried = parts.attention.apply(variables, dense)  # Eq. 2-3
+    regions = region_features(energies, dense)  # Eq. 4
     return _Matching(
         dense, energies, regions, _match(regions, text, scale), _match(queried, text, scale), text
     )
@@ -209,7 +210,8 @@ def _forward(parts: _Parts, params: PyTree, batch: Batch, text) -> _Matching:
 def _remember(parts: _Parts, extras: PyTree, match: _Matching, labels, valid, step):
     """(pseudo-labels int8 [n, C], new extras): score, move thresholds, assign, push; in this
     order, so that no positive is compared with its own pixels."""
-    memory, extras, stage_two = parts.memory, dict(extras), step >= parts.stage_two_step
+    memory, extras = parts.memory, dict(extras)
+    stage_two = step >= parts.stage_two_step
     regions = jax.lax.stop_gradient(match.regions)
     settings = {"decay": memory.decay, "single_positive": parts.single_positive, "where": valid}
     votes = {"visual": jnp.zeros_like(labels), "text": jnp.zeros_like(labels)}
@@ -313,7 +315,7 @@ def _loss(parts: _Parts, params, extras, batch, step) -> StepOutput:
         total += settings.contrastive_weight * contrast
     metrics["logit_scale"] = Mean.of(_scale(params))
     if parts.memory.pseudo_labels != "none":
-        # The hidden truth enters metrics only.
+        # The hidden truth enters metrics only; these never reach the loss.
         unknown = (labels == 0) & valid[:, None] & (step >= parts.stage_two_step)
         metrics |= pseudo_labels.quality(pseudo, batch["truth"], unknown)
     return StepOutput(jnp.asarray(total), new_extras, metrics)

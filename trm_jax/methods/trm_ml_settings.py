@@ -18,10 +18,11 @@ class Loss(NamedTuple):
     gamma_neg: float = 2.0
     shift: float = 0.05
     focus_gradient: bool = False
-    rejection_rate: float = 0.002  # of "large_loss"
-    expected_positives: float = 0.0  # of "epr"
+    rejection_rate: float = 0.002  # of "large_loss", more with each epoch
+    expected_positives: float = 0.0  # of "epr": classes in an image on average
     reduction: str = "sum"  # over the classes of an image, "sum" or "mean"; over images: mean
-    # Unknown entries in ASL: "ignore", "negative", or "auto": negative where no negative is known.
+    # Unknown entries without a pseudo-label in ASL: "ignore", "negative", or "auto": negative where
+    # the label protocol knows no negatives, since otherwise all-positive is the optimum.
     unknown: str = "auto"
     distillation: str = "bernoulli"  # or "softmax", Eq. 6 to the letter
     stop_teacher: bool = True

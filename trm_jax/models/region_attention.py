@@ -18,7 +18,6 @@ from trm_jax.models.clip.transformer import gelu, layer_norm
 from trm_jax.types import PyTree, UserError
 
 _XAVIER = nn.initializers.xavier_uniform()
-_ZEROS = nn.initializers.zeros
 INITIALIZERS = {
     "xavier": _XAVIER,
     "identity": lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype),
@@ -36,7 +35,7 @@ class Linear(nn.Module):
     def setup(self):
         shape = (self.inputs, self.outputs)
         self.kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        self.bias = self.param("bias", _ZEROS, (self.outputs,))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Float[AnyArray, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """x W + b in `dtype`."""
