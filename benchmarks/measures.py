@@ -18,7 +18,7 @@ from trm_jax.data import pipeline
 from trm_jax.data.sources.base import Source
 from trm_jax.evaluate import multilabel, zero_shot
 from trm_jax.models.clip import towers
-from trm_jax.train import experiment, metrics, runner, workdirs
+from trm_jax.train import datasets, experiment, metrics, runner, workdirs
 
 REGULARIZATION = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 5
@@ -31,7 +31,7 @@ def training(config: ConfigDict, folder: Path) -> dict[str, float]:
     the last epoch. All values but "seconds" are in per cent.
     """
     config = config.copy_and_resolve_references()
-    source, _, _ = experiment.open_data(config.data)
+    source, _, _ = datasets.open_data(config.data)
     per_epoch = pipeline.steps_per_epoch(len(source), config.data.batch_size)
     config.train.update({"log_every": per_epoch, "eval_every": per_epoch, "checkpoint_every": 0})
     config.evaluate.pictures = 0
@@ -66,8 +66,8 @@ def logistic(config: ConfigDict, folder: Path) -> dict[str, float]:
 def logistic_raw(config: ConfigDict, folder: Path) -> dict[str, float]:
     """As `logistic`, on the precomputed features themselves, before any tower."""
     del folder
-    train, test, _ = experiment.open_data(config.data)
-    observed = experiment.observed_labels(config.data, train)
+    train, test, _ = datasets.open_data(config.data)
+    observed = datasets.observed_labels(config.data, train)
     return fit_and_test(pooled(train, "features"), observed, pooled(test, "features"), test.labels)
 
 

@@ -58,7 +58,8 @@ class FrozenClip(NamedTuple):
     def image_features(self, params: PyTree, batch: Batch) -> tuple[Array, Array]:
         """(dense [n, hw, d], pooled [n, d]) in the joint space, without gradient."""
         if "dense" in batch:
-            return batch["dense"], batch["global_embedding"]
+            # Cached features are those of the compute dtype: cast back, they lose nothing.
+            return batch["dense"].astype(self.towers.dtype), batch["global_embedding"]
         images = batch["image"] if "image" in batch else batch["features"]
         pooled, dense = self.towers.apply(params["clip"], images, method="encode_image")
         return jax.lax.stop_gradient((dense, pooled))
@@ -74,12 +75,9 @@ class FrozenClip(NamedTuple):
         return negative, positive
 
     def cacheable(self, params: PyTree, batch: Batch) -> dict[str, Array]:
-        """{"dense" [n, hw, d], "global_embedding" [n, d]} in float32, for the feature cache."""
+        """{"dense" [n, hw, d], "global_embedding" [n, d]}, for the feature cache."""
         dense, pooled = self.image_features(params, batch)
-        return {
-            "dense": dense.astype(jnp.float32),
-            "global_embedding": pooled.astype(jnp.float32),
-        }
+        return {"dense": dense, "global_embedding": pooled}
 
     def prepared(self, params: PyTree) -> dict[str, Array]:
         """{"text_negative", "text_positive"} [C, d]: what "prepare" predicts."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from trm_jax.data import tokenizers
 from trm_jax.data.transforms import image_transform
-from trm_jax.train import checkpoints, experiment, paths, sharding, workdirs
+from trm_jax.train import checkpoints, datasets, experiment, paths, sharding, workdirs
 from trm_jax.types import BatchSpec, DataInfo, Method, PyTree, UserError
 
 
@@ -81,10 +81,10 @@ def load(workdir: str | Path, features: np.ndarray | None = None) -> Predictor:
     clip = experiment.resolve_clip(saved["clip"], tokenizer)
     names = tuple(saved["class_names"])
     if clip["image"]["kind"] != "features":
-        inputs, grid = experiment.image_spec(clip, config.data.image_size)
+        inputs, grid = datasets.image_spec(clip, config.data.image_size)
     else:
         shape = saved["inputs"]["features"] if features is None else features.shape[1:]
-        inputs, grid = experiment.feature_spec(tuple(shape), clip)
+        inputs, grid = datasets.feature_spec(tuple(shape), clip)
     info = DataInfo(class_names=names)
     method = experiment.make_method(config, info, tokenizer, clip, inputs, grid)
     mesh = sharding.make_mesh()

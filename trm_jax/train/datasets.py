@@ -1,0 +1,166 @@
+"""The data of a config: sources, observed labels, the shapes of a batch, cached features."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from trm_jax.data import partial_labels, pipeline, sources
+from trm_jax.data.examples import MultiLabelExamples
+from trm_jax.data.feature_cache import CachedFeatures, cache_key, data_hash, write_cache
+from trm_jax.data.sources.base import Source
+from trm_jax.data.sources.subset import Subset, hold_out
+from trm_jax.data.transforms import ImageTransform, image_transform
+from trm_jax.train import checkpoints, sharding
+from trm_jax.types import ArraySpec, BadSampleError, BatchSpec, Method, PyTree, UserError
+
+
+def open_data(data: ConfigDict) -> tuple[Source, Source, str]:
+    """(training source, evaluation source, "test" or "val") of a config's data section."""
+    options = dict(data.options)
+    if data.dataset == "glyphs":
+        if data.train_size < 1:
+            raise UserError("data.train_size must be at least 1: glyph scenes are endless")
+        options |= {"train_size": data.train_size, "image_size": data.image_size}
+        options |= {"test_size": data.test_size} if data.test_size else {}
+    train = sources.open_source(data.dataset, "train", root=data.root, **options)
+    if data.dataset != "glyphs" and 0 < data.train_size < len(train):
+        train = Subset(train, range(data.train_size))
+    if data.holdout:
+        if not 0.0 < data.holdout < 1.0:
+            raise UserError(f"data.holdout={data.holdout} must be in (0, 1), or 0 for the test set")
+        kept, held = hold_out(train, data.holdout)
+        return kept, held, "val"
+    test = sources.open_source(data.dataset, "test", root=data.root, **options)
+    if data.dataset != "glyphs" and 0 < data.test_size < len(test):
+        test = Subset(test, range(data.test_size))
+    return train, test, "test"
+
+
+def observed_labels(data: ConfigDict, train: Source) -> np.ndarray:
+    """int8 [N, C] in {-1, 0, +1}: what the config's label protocol shows of the training labels."""
+    return partial_labels.observe_source(
+        train,
+        protocol=data.label_protocol,
+        known_fraction=data.known_fraction,
+        seed=data.label_seed,
+        mask_file=data.mask_file,
+    )
+
+
+def input_spec(
+    source: Source, clip: dict[str, Any], image_size: int
+) -> tuple[BatchSpec, tuple[int, int]]:
+    """(the image entry of a batch, (h, w) of its dense map), from the first readable example."""
+    for index in range(len(source)):
+        try:
+            sample = source.read(index)
+            break
+        except BadSampleError:
+            continue
+    else:
+        raise UserError("not one example of the data can be read; check data.root")
+    if "dense" in sample:
+        names = ("dense", "global_embedding")
+        spec = {n: ArraySpec((None, *np.shape(sample[n])), np.float32) for n in names}
+        return spec, _square(len(sample["dense"]))
+    if "features" in sample:
+        return feature_spec(np.shape(sample["features"]), clip)
+    return image_spec(clip, image_size)
+
+
+def feature_spec(shape: tuple[int, ...], clip: dict[str, Any]) -> tuple[BatchSpec, tuple[int, int]]:
+    """The batch entry for precomputed features [r, D], checked against the towers."""
+    image = clip["image"]
+    if image["kind"] != "features" or image["width"] != shape[-1]:
+        raise UserError(
+            f"the data has precomputed features of width {shape[-1]}: set model.clip.image to "
+            f"kind 'features' and width {shape[-1]}"
+        )
+    return {"features": ArraySpec((None, *shape), np.float32)}, _square(shape[0])
+
+
+def image_spec(clip: dict[str, Any], image_size: int) -> tuple[BatchSpec, tuple[int, int]]:
+    """The batch entry for images of `image_size` pixels, checked against the towers' stride."""
+    image = clip["image"]
+    if image["kind"] == "features":
+        raise UserError("model.clip.image.kind is 'features', but the data gives images")
+    name, cell = "patch size", image.get("patch_size")
+    if image["kind"] == "resnet":
+        name, cell = "stride", 4 * 2 ** (len(image["layers"]) - 1)
+    if image_size % cell or image_size < cell:
+        raise UserError(
+            f"data.image_size={image_size} is no multiple of {cell}, the {name} of the encoder; "
+            f"try {max(1, image_size // cell) * cell}"
+        )
+    spec = {"image": ArraySpec((None, image_size, image_size, 3), np.uint8)}
+    return spec, (image_size // cell, image_size // cell)
+
+
+def transform(data: ConfigDict, *, train: bool) -> ImageTransform:
+    """What happens to an image on its way into a batch."""
+    return image_transform(data.augment if train else "none", data.image_size)
+
+
+def cached(
+    of: tuple[Source, Source],
+    config: ConfigDict,
+    method: Method,
+    params: PyTree,
+    dtype: Any,
+    cache_dir: Path,
+) -> tuple[Source, Source]:
+    """Both sources with their features read from `cache_dir`, computed first where missing.
+
+    A cache's folder is named by the settings and the images' ids; the weights and the files must
+    be those it was made of. `dtype` is that of the compute.
+
+    Raises:
+      UserError: `data.augment` is not "none", or a cache is stale.
+    """
+    if config.data.augment != "none":
+        raise UserError(
+            f"data.cache_features needs data.augment='none', not {config.data.augment!r}: cached "
+            "features cannot be augmented"
+        )
+    encode, size = _encoder(method, params, config.evaluate.batch_size)
+    random = config.model.pretrained == "random"
+    made_of = {"encoder": checkpoints.weights_hash(jax.device_get(params["clip"]))}
+    both = []
+    for source in of:
+        key = cache_key(
+            source,
+            dataset=config.data.dataset,
+            options=config.data.options.to_dict(),
+            image_size=config.data.image_size,
+            clip=config.model.clip.to_dict(),
+            pretrained=f"random {config.seed}" if random else config.model.pretrained,
+            compute=str(dtype),
+        )
+        folder, hashes = cache_dir / key, {**made_of, "data": data_hash(source)}
+        if not folder.is_dir():
+            examples = MultiLabelExamples(source, None, transform(config.data, train=False))
+            batches = pipeline.eval_batches(examples, batch_size=size, workers=config.data.workers)
+            write_cache(folder, batches, encode, size=len(source), made_of=hashes)
+        both.append(CachedFeatures(source, folder, hashes))
+    return both[0], both[1]
+
+
+def _encoder(method: Method, params: PyTree, batch_size: int):
+    """(host batch -> features, a batch size that this process's devices divide)."""
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    function = jax.jit(lambda p, batch: method.predict["dense"](p, {}, batch))
+    params = jax.device_put(params, sharding.replicated(mesh))
+    names = list(method.specs["dense"])
+
+    def encode(batch):
+        return function(params, sharding.put_batch({n: batch[n] for n in names}, mesh))
+
+    return encode, -(-batch_size // mesh.size) * mesh.size
+
+
+def _square(count: int) -> tuple[int, int]:
+    side = int(count**0.5)
+    return (side, side) if side * side == count else (1, count)
