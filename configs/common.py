@@ -127,6 +127,7 @@ def prompts() -> ConfigDict:
         "class_specific": True,
         "negative_names": True,
         "initial_words": "",
+        "remat": False,
     })
 
 

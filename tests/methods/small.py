@@ -38,10 +38,10 @@ def make(module=trm_ml, *, single_positive=False, **options):
     if module is trm_ml:
         options.setdefault("memory", memory())
     options.setdefault("prompts", frozen_clip.Prompts(length=2))
+    options.setdefault("clip", CLIP)
     return module.make(
         info=info,
         tokenizer=TOKENIZER,
-        clip=CLIP,
         inputs=INPUTS,
         grid=GRID,
         **options,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from trm_jax.losses.cosine import normalize
 from trm_jax.models import prompts as prompt_models
 from trm_jax.models.clip import towers
+from trm_jax.models.placement import replicated, sharded_rows
 from trm_jax.types import Array, ArraySpec, Batch, BatchSpec, DataInfo, Key, PyTree, UserError
 
 
@@ -23,6 +24,7 @@ class Prompts(NamedTuple):
     class_specific: bool = True  # a context per class and sign, or one pair for all classes
     negative_names: bool = True  # the negative prompts carry the class name too (the papers)
     initial_words: str = ""  # `length` tokens from which contexts start; "": N(0, 0.02^2)
+    remat: bool = False  # keep only the text blocks' inputs for the backward pass
 
 
 class FrozenClip(NamedTuple):
@@ -70,8 +72,10 @@ class FrozenClip(NamedTuple):
         embeddings, eos = self.prompts.apply(
             {"params": params["prompts"]}, prefix, names, self.name_lengths, self.prompt_length
         )
+        # Every device encodes its share of the prompts, not all of them.
+        embeddings, eos = jax.tree.map(sharded_rows, (embeddings, eos))
         features = self.towers.apply(params["clip"], embeddings, eos, method="encode_prompts")
-        negative, positive = jnp.split(features.astype(jnp.float32), 2)
+        negative, positive = jnp.split(replicated(features.astype(jnp.float32)), 2)
         return negative, positive
 
     def cacheable(self, params: PyTree, batch: Batch) -> dict[str, Array]:
@@ -121,7 +125,7 @@ def make(
     Raises:
       UserError: a prompt is too long, or its initial words have another length.
     """
-    model = towers.build(clip, dtype=dtype)
+    model = towers.build(clip, dtype=dtype, remat_text=prompts.remat)
     limit = clip["text"]["context_length"]
     names = info.class_names
     context_ids = tokenizer.encode(prompts.initial_words)
