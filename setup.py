@@ -17,6 +17,7 @@ setup(
     package_data={"trm_jax.pretrained": ["weights/*.safetensors", "weights/*.json"]},
     install_requires=[
         "absl-py>=2.1",
+        "array_record>=0.8",
         "flatbuffers>=24",
         "flax>=0.12",
         "grain>=0.2.18",
@@ -32,7 +33,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "safetensors>=0.5",
         "tensorboardX>=2.6",
-        "tensorflow-datasets>=4.9.9",
+        "tensorflow-datasets>=4.9.10",
         "tqdm>=4.66",
         "transformers>=5.0",
     ],

@@ -89,6 +89,9 @@ def test_broken_annotation_files_are_refused(root):
     _edit(path, lambda content: content["annotations"][2].update(image_id=99))
     with pytest.raises(UserError, match="annotation 3 is of image 99"):
         read_labels(path)
+    _edit(path, lambda content: content["images"].append(content["images"][0]))
+    with pytest.raises(UserError, match="lists an image id twice"):
+        read_labels(path)
     _edit(path, lambda content: content.pop("categories"))
     with pytest.raises(UserError, match="has no 'categories'"):
         read_labels(path)

@@ -9,9 +9,10 @@ import numpy as np
 
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.captions import open_flickr8k
-from trm_jax.data.sources.coco import CocoImages
 from trm_jax.data.sources.features import CaptionedFeatures, open_coco_features
 from trm_jax.data.sources.manifest import open_manifest
+from trm_jax.data.sources.prepared import open_coco, open_voc
+from trm_jax.data.sources.tfds import TfdsImages
 from trm_jax.types import UserError
 
 
@@ -19,7 +20,7 @@ def open_source(dataset: str, split: str, *, root: str = "", **options) -> Sourc
     """Opens one split of a dataset.
 
     dataset: a key of `DATASETS`. split: "train" or "test"; "dev" where the dataset has one.
-    root:    the folder (manifest: the file) of the data; glyphs needs none.
+    root:    the folder (manifest: the file; tfds: its data_dir) of the data; glyphs needs none.
     options: keyword arguments of the dataset's opener.
     Raises UserError for an unknown dataset, split or option, and for missing or broken files.
     """
@@ -77,7 +78,9 @@ def _open_glyphs(
 
 DATASETS: dict[str, Callable[..., Source]] = {
     "glyphs": _open_glyphs,
-    "coco": CocoImages,
+    "coco": open_coco,
+    "voc": open_voc,
+    "tfds": TfdsImages,
     "manifest": open_manifest,
     "coco_features": open_coco_features,
     "flickr8k": open_flickr8k,

@@ -4,7 +4,8 @@ A source is random access by position. It is pickled to the workers of the input
 holds paths and small arrays and opens big files on first use.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -49,26 +50,49 @@ class Source(Protocol):
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decodes an image file to uint8 [h, w, 3] RGB, upright by its EXIF orientation.
+    """Decodes an image file to uint8 [h, w, 3] RGB, see `decode_image`.
 
-    Greyscale is repeated, 16-bit depths are scaled to 8, CMYK is converted, alpha is dropped.
     Raises BadSampleError for a missing, empty, corrupt, truncated or foreign file.
     """
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise BadSampleError(f"{path}: {error.strerror or error}") from error
-    if data.size == 0:
-        raise BadSampleError(f"{path}: the file is empty")
-    if not _is_complete(data.tobytes()):
-        raise BadSampleError(f"{path}: the image is truncated")
+    return decode_image(data.tobytes(), path)
+
+
+def decode_image(data: bytes, name: object) -> np.ndarray:
+    """Decodes the bytes of an image file to uint8 [h, w, 3] RGB, upright by its EXIF orientation.
+
+    Greyscale is repeated, 16-bit depths are scaled to 8, CMYK is converted, alpha is dropped.
+    Raises BadSampleError, which says `name`, for empty, corrupt, truncated or foreign bytes.
+    """
+    if not data:
+        raise BadSampleError(f"{name}: the file is empty")
+    if not _is_complete(data):
+        raise BadSampleError(f"{name}: the image is truncated")
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
-        raise BadSampleError(f"{path}: {error.err}") from error
+        raise BadSampleError(f"{name}: {error.err}") from error
     if image is None:
-        raise BadSampleError(f"{path}: not a readable image")
+        raise BadSampleError(f"{name}: not a readable image")
     return image
+
+
+def file_fingerprint(paths: Iterable[Path]) -> str:
+    """Hex SHA-256 of the names and sizes of `paths`, in their order; -1 stands for a missing one.
+
+    It notices images that were replaced or resized, without reading them.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            size = path.stat().st_size
+        except OSError:
+            size = -1
+        digest.update(f"{path.name}\n{size}\n".encode())
+    return digest.hexdigest()
 
 
 def _is_complete(data: bytes) -> bool:
@@ -79,6 +103,7 @@ def _is_complete(data: bytes) -> bool:
     # Walks the segments before the scan: a thumbnail inside them has an end marker of its own.
     while data[position : position + 1] == b"\xff":
         if data[position : position + 2] == b"\xff\xda":
-            return data.find(b"\xff\xd9", position) >= 0
+            # A whole file ends with the marker: then there is no need to search the scan.
+            return data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", position) >= 0
         position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     return True

@@ -7,8 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trm_jax.data.sources.base import read_image
+from trm_jax.data.sources.base import file_fingerprint, read_image
 from trm_jax.types import UserError
+
+# Of a whole split: its images, and those with at least one annotation.
+OFFICIAL_COUNTS = {
+    ("2014", "train"): (82_783, 82_081),
+    ("2014", "test"): (40_504, 40_137),
+    ("2017", "train"): (118_287, 117_266),
+    ("2017", "test"): (5_000, 4_952),
+}
 
 
 class CocoLabels(NamedTuple):
@@ -37,12 +45,15 @@ def read_labels(path: str | Path, *, keep_empty: bool = False) -> CocoLabels:
 
     Classes are in the order of their category ids. Without keep_empty, images without any
     annotation are left out (2014: 82,081 of 82,783 train, 40,137 of 40,504 val). Raises UserError
-    for a missing or foreign file, or an annotation of an unknown image or category.
+    for a missing or foreign file, an image listed twice, or an annotation of an unknown image or
+    category.
     """
     content = _read_json(path, ("images", "annotations", "categories"))
     categories = sorted(content["categories"], key=lambda category: category["id"])
     column_of = {category["id"]: column for column, category in enumerate(categories)}
     row_of = {image["id"]: row for row, image in enumerate(content["images"])}
+    if len(row_of) != len(content["images"]):
+        raise UserError(f"{path} lists an image id twice")
     labels = np.full((len(row_of), len(categories)), -1, np.int8)
     annotated = np.zeros(len(row_of), np.bool_)
     for annotation in content["annotations"]:
@@ -85,6 +96,7 @@ class CocoImages:
     keep_empty: keep images without any annotation.
     allow_empty_classes: accept a training split in which some class has no image.
     file_rows, num_file_rows: for the `hcp` label protocol, see partial_labels.observe.
+    annotation_files: the files that labels and captions were read from.
 
     Raises UserError for a missing file or folder and for a class without a training image.
     """
@@ -119,13 +131,22 @@ class CocoImages:
         self._file_names = table.file_names
         captions = annotation_file(root, "captions", part, year)
         self._captions = read_captions(captions) if captions.is_file() else {}
+        self.annotation_files = (instances, captions) if captions.is_file() else (instances,)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def image_path(self, index: int) -> Path:
+        """Where the file of one image should lie."""
+        return self._folder / self._file_names[index]
+
+    def fingerprint(self) -> str:
+        """Changes with the names and sizes of the image files."""
+        return file_fingerprint(self.image_path(index) for index in range(len(self)))
+
     def read(self, index: int) -> dict[str, np.ndarray]:
         """{"image": uint8 [h, w, 3] RGB}; BadSampleError if the file is missing or broken."""
-        return {"image": read_image(self._folder / self._file_names[index])}
+        return {"image": read_image(self.image_path(index))}
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Captions of the image, () if none."""

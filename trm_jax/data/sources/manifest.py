@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trm_jax.data.sources.base import read_image
+from trm_jax.data.sources.base import file_fingerprint, read_image
 from trm_jax.data.sources.coco import check_classes
 from trm_jax.types import UserError
 
@@ -80,6 +80,10 @@ class ManifestImages:
     def read(self, index: int) -> dict[str, np.ndarray]:
         """{"image": uint8 [h, w, 3] RGB}; BadSampleError if the file is missing or broken."""
         return {"image": read_image(self._folder / self.ids[index])}
+
+    def fingerprint(self) -> str:
+        """Changes with the names and sizes of the image files."""
+        return file_fingerprint(self._folder / name for name in self.ids)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Captions of the image, () if none."""

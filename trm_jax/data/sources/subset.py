@@ -33,6 +33,11 @@ class Subset:
         """The captions of one example."""
         return self.source.captions(int(self.indices[index]))
 
+    def fingerprint(self) -> str:
+        """That of the whole source; the ids of this part where it has none."""
+        whole = getattr(self.source, "fingerprint", None)
+        return whole() if whole else "\n".join(self.ids)
+
 
 def hold_out(source: Source, fraction: float, *, seed: int = 0) -> tuple[Subset, Subset]:
     """(kept, held out): an image is held out iff a hash of (seed, its id) is below `fraction`."""

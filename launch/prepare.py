@@ -1,0 +1,112 @@
+"""Prepares COCO or VOC for training: ArrayRecord files, every image decoded once and checked.
+
+python launch/prepare.py --dataset=coco --source=COCO --out=prepared/coco2014 --year=2014
+
+Afterwards data.root may be the folder --out. A preparation that was interrupted starts anew.
+"""
+
+import sys
+
+import cli
+from absl import flags
+from tqdm import tqdm
+
+from trm_jax.data import prepare
+from trm_jax.train.preemption import Preempted, StopRequest
+from trm_jax.types import UserError
+
+_DATASET = flags.DEFINE_enum(
+    "dataset", None, prepare.DATASETS, "What the source holds", required=True
+)
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Folder of the dataset in its official layout", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "Folder to make", required=True)
+_YEAR = flags.DEFINE_string("year", "", "Of the dataset; by default the one that the source holds")
+_SPLIT = flags.DEFINE_list("split", ["train", "test"], "train, test or both")
+_SKIP_BAD = flags.DEFINE_boolean("skip_bad", False, "Leave out images that cannot be decoded")
+_CHECK_COUNTS = flags.DEFINE_boolean(
+    "check_counts", True, "Refuse a whole split whose labels are not those published"
+)
+# Images between two plain lines.
+_EVERY = 10_000
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere; raises Preempted after a signal."""
+
+    def __init__(self, stop: StopRequest):
+        self._stop = stop
+        self._stdout = sys.stdout
+        self._terminal = sys.stderr.isatty()
+        self._bar: tqdm | None = None
+        self._phase = ("", "")
+
+    def __call__(self, phase: str, split: str, done: int, total: int) -> None:
+        if self._stop.requested:
+            raise Preempted("stopped by a signal: nothing was prepared; run the command again")
+        if (phase, split) != self._phase:
+            self.close()
+            self._phase = (phase, split)
+            if self._terminal:
+                self._bar = tqdm(total=total, desc=f"{phase} {split}", unit="image")
+        if self._bar is not None:
+            self._bar.update()
+        elif done % _EVERY == 0:
+            print(f"{phase} {split}: {done:,} of {total:,}", file=self._stdout, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def main(arguments: list[str]) -> None:
+    """Prepares the dataset and says what it holds."""
+    cli.no_arguments(arguments)
+    splits = [name for name in ("train", "test") if name in _SPLIT.value]
+    unknown = sorted(set(_SPLIT.value) - set(splits))
+    if unknown or not splits:
+        raise UserError(f"--split={','.join(unknown)}: it is train, test or train,test")
+    with StopRequest() as stop:
+        progress = Progress(stop)
+        try:
+            metadata, there = prepare.prepare(
+                _DATASET.value,
+                _SOURCE.value,
+                _OUT.value,
+                year=_YEAR.value,
+                splits=splits,
+                skip_bad=_SKIP_BAD.value,
+                check_counts=_CHECK_COUNTS.value,
+                report=progress,
+            )
+        except UserError as error:
+            # The readers speak of a run's fields, this command has flags.
+            text = str(error).replace("data.root", "--source").replace("data.options.", "--")
+            raise UserError(text) from error
+        finally:
+            progress.close()
+    for name, facts in metadata["splits"].items():
+        _describe(name, facts, prepare.official_images(metadata["dataset"], metadata["year"], name))
+    verb = "holds this already; nothing to do" if there else "is ready"
+    print(
+        f"{_OUT.value} {verb}: --config.data.dataset={metadata['dataset']} "
+        f"--config.data.options.year={metadata['year']} --config.data.root={_OUT.value}"
+    )
+
+
+def _describe(name: str, facts: dict, whole: int) -> None:
+    """A line about one split."""
+    print(
+        f"{name}: {facts['images']:,} images"
+        + ("" if whole in (0, facts["num_file_rows"]) else f" (the whole split has {whole:,})")
+        + (f", {len(facts['skipped'])} skipped" if facts["skipped"] else "")
+        + f", {facts['labelled']:,} with a label, {sum(facts['positives'].values()):,} positives, "
+        + f"{facts['captions']:,} captions, sha256 {facts['sha256']}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
