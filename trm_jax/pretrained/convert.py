@@ -5,7 +5,7 @@ Two namings are read: OpenAI's, which OpenCLIP kept ("visual.layer1.0.conv1.weig
 .layers.0.self_attn.q_proj.weight"; ViT only). The first is also written. Both directions move
 numbers without arithmetic, so a float32 round trip is bit-exact.
 
-Internally in_proj is split into q_proj, k_proj and v_proj, after which names map one to one.
+Names map one to one, but for in_proj, which stacks q_proj, k_proj and v_proj of our blocks.
 """
 
 import re
@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from trm_jax.models.clip import towers
+from trm_jax.pretrained.lazy import LazyArray
 from trm_jax.types import PyTree, UserError
 
 Path = tuple[str, ...]
@@ -63,7 +65,7 @@ def unflatten(leaves: Mapping[Path, Any]) -> dict[str, PyTree]:
 
 
 def _torch_name(path: Path) -> str:
-    """OpenCLIP's name of a variable, with in_proj split into q_proj, k_proj, v_proj."""
+    """OpenCLIP's name of a variable; q_proj, k_proj and v_proj of a block have one in common."""
     parts = [
         {"image": "visual", "downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}.get(
             part, re.sub(r"^(layer\d+)_", r"\1.", part)
@@ -74,13 +76,26 @@ def _torch_name(path: Path) -> str:
     parts = [re.sub(r"^resblocks_", "transformer.resblocks.", part) for part in parts]
     parts[-1] = _LEAVES.get(parts[-1], parts[-1])
     name = ".".join(parts)
+    name = re.sub(r"(\.resblocks\.\d+\.attn\.)[qkv]_proj\.", r"\1in_proj_", name)
     return name + ".weight" if name == "token_embedding" else name
+
+
+def _places(leaves: Mapping[Path, Any]) -> dict[str, list[Path]]:
+    """OpenCLIP's names -> the variables they are made of: one, or query, key and value."""
+    places: dict[str, list[Path]] = {}
+    for path in leaves:
+        places.setdefault(_torch_name(path), []).append(path)
+    return {
+        name: sorted(paths, key=lambda path: "qkv".index(path[-2][0])) if len(paths) > 1 else paths
+        for name, paths in places.items()
+    }
 
 
 def _to_ours(path: Path, array: np.ndarray) -> np.ndarray:
     if path[-1] == "kernel":
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-    return np.array(array, np.float32, order="C")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
+        return np.array(array, np.float32, order="C")
 
 
 def _to_torch(path: Path, array: Any) -> np.ndarray:
@@ -90,27 +105,10 @@ def _to_torch(path: Path, array: Any) -> np.ndarray:
     return np.array(array, order="C")
 
 
-def _split_in_proj(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    split = {}
-    for name, array in state.items():
-        if "in_proj_" not in name:
-            split[name] = array
-            continue
-        for letter, part in zip("qkv", np.split(np.asarray(array), 3), strict=True):
-            split[name.replace("in_proj_", f"{letter}_proj.")] = part
-    return split
-
-
-def _merge_in_proj(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    merged = {}
-    for name, array in state.items():
-        match = re.fullmatch(r"(.*resblocks\.\d+\.attn\.)([qkv])_proj\.(weight|bias)", name)
-        if not match:
-            merged[name] = array
-        elif match[2] == "q":
-            parts = [state[f"{match[1]}{letter}_proj.{match[3]}"] for letter in "qkv"]
-            merged[f"{match[1]}in_proj_{match[3]}"] = np.concatenate(parts)
-    return merged
+def _torch_shape(paths: list[Path], shape: tuple[int, ...]) -> tuple[int, ...]:
+    if paths[0][-1] == "kernel":
+        shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+    return (len(paths) * shape[0], *shape[1:]) if len(paths) > 1 else shape
 
 
 def _some(names: set[str]) -> str:
@@ -133,35 +131,114 @@ def check_names(found: set[str], wanted: set[str], what: str) -> None:
         )
 
 
-def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Raises a UserError that names the tensor if the shapes differ."""
-    if found != wanted:
+def check_tensor(name: str, tensor: Any, shape: tuple[int, ...], what: str) -> None:
+    """Raises a UserError that names the tensor if it has another shape or holds no floats."""
+    if tuple(tensor.shape) != shape:
         raise UserError(
-            f"the weights' {name} is {list(found)}, the configured model needs {list(wanted)}; "
+            f"{what}: {name} is {list(tensor.shape)}, the configured model needs {list(shape)}; "
             "set model.image and model.text to the architecture of the weights"
+        )
+    if not (np.issubdtype(tensor.dtype, np.floating) or tensor.dtype == ml_dtypes.bfloat16):
+        raise UserError(
+            f"{what}: {name} is {tensor.dtype}, not floating-point; take weights that are not "
+            "quantised"
         )
 
 
-def from_openclip(state: Mapping[str, np.ndarray], config: Any) -> dict[str, PyTree]:
-    """Variables of the towers `config` describes, float32, from OpenAI or OpenCLIP names.
+def check_finite(name: str, array: np.ndarray, what: str) -> None:
+    """Raises a UserError that names the tensor if it holds an infinite number or NaN."""
+    if not np.isfinite(array).all():
+        raise UserError(
+            f"{what}: {name} has numbers that are not finite; the file is damaged or its training "
+            "diverged, take another"
+        )
+
+
+def openclip_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` under OpenCLIP's names, whether it had those or transformers', without counters.
 
     Args:
-      state: name -> array of any float dtype; counters and buffers are ignored.
+      state: name -> array, or anything with shape and dtype that `numpy.asarray` reads.
+    """
+    if any(name.startswith("vision_model.") for name in state):
+        state = _renamed(state)
+    return {name: array for name, array in state.items() if not _IGNORED.fullmatch(name)}
+
+
+def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = {}
+    for name, array in state.items():
+        new = name
+        for pattern, replacement in _TRANSFORMERS:
+            new = re.sub(pattern, replacement, new)
+        # CLIPModel keeps both projections as Linear weights [d, w], CLIP as matrices [w, d].
+        is_projection = name in ("visual_projection.weight", "text_projection.weight")
+        renamed[new] = np.asarray(array).T if is_projection else array
+    for name in list(renamed):
+        match = re.fullmatch(r"(.*\.resblocks\.\d+\.attn\.)q_proj\.(weight|bias)", name)
+        parts = [f"{match[1]}{letter}_proj.{match[2]}" for letter in "qkv"] if match else []
+        if match and all(part in renamed for part in parts):
+            arrays = [renamed.pop(part) for part in parts]
+            renamed[f"{match[1]}in_proj_{match[2]}"] = _stacked(arrays)
+    return renamed
+
+
+def _stacked(arrays: list[Any]) -> LazyArray:
+    shape = (sum(array.shape[0] for array in arrays), *arrays[0].shape[1:])
+    return LazyArray(
+        shape, arrays[0].dtype, lambda: np.concatenate([np.asarray(array) for array in arrays])
+    )
+
+
+def openclip_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the OpenCLIP state dict of the towers that `config` describes."""
+    specs = flatten(towers.abstract_variables(config))
+    return {
+        name: _torch_shape(paths, specs[paths[0]].shape) for name, paths in _places(specs).items()
+    }
+
+
+def from_openclip(
+    state: Mapping[str, Any], config: Any, what: str = "the weights"
+) -> dict[str, PyTree]:
+    """Variables of the towers `config` describes, float32, from a published state dict.
+
+    Names, shapes and dtypes are checked first; then one array after the other is read, so that
+    memory holds little more than the result.
+
+    Args:
+      state: name -> array of any float dtype, or anything with shape and dtype that
+        `numpy.asarray` reads, by OpenAI's and OpenCLIP's names; counters and buffers are ignored.
       config: see `trm_jax.models.clip.config.validate`.
+      what: how messages call the weights.
 
     Raises:
-      UserError: names are missing or unexpected, or a shape differs.
+      UserError: names are missing or unexpected, a shape differs, a tensor holds integers or
+        numbers that are not finite.
     """
     state = {name: array for name, array in state.items() if not _IGNORED.fullmatch(name)}
-    state = _split_in_proj(state)
-    wanted = flatten(towers.abstract_variables(config))
-    names = {path: _torch_name(path) for path in wanted}
-    check_names(set(state), set(names.values()), "the weights")
+    specs = flatten(towers.abstract_variables(config))
+    places = _places(specs)
+    check_names(set(state), set(places), what)
+    for name, paths in places.items():
+        check_tensor(name, state[name], _torch_shape(paths, specs[paths[0]].shape), what)
     leaves = {}
-    for path, spec in wanted.items():
-        leaves[path] = _to_ours(path, np.asarray(state[names[path]]))
-        check_shape(names[path], leaves[path].shape, spec.shape)
-    return unflatten(leaves)
+    for name, paths in places.items():
+        array = np.asarray(state[name])
+        parts = np.split(array, len(paths)) if len(paths) > 1 else [array]
+        for path, part in zip(paths, parts, strict=True):
+            leaves[path] = _to_ours(path, part)
+            check_finite(name, leaves[path], what)
+    return unflatten({path: leaves[path] for path in specs})
+
+
+def from_transformers(state: Mapping[str, Any], config: Any) -> dict[str, PyTree]:
+    """Variables of ViT towers, float32, from the names of transformers' CLIPModel.
+
+    Raises:
+      UserError: as `from_openclip`, whose names the message has.
+    """
+    return from_openclip(_renamed(state), config)
 
 
 def to_openclip(variables: PyTree) -> dict[str, np.ndarray]:
@@ -173,22 +250,8 @@ def to_openclip(variables: PyTree) -> dict[str, np.ndarray]:
     leaves = flatten(variables)
     if ("params", "image", "ln", "scale") in leaves:
         raise UserError("model.image.kind 'features' has no OpenCLIP form; save in our own format")
-    state = {_torch_name(path): _to_torch(path, leaf) for path, leaf in leaves.items()}
-    return _merge_in_proj(state)
-
-
-def from_transformers(state: Mapping[str, np.ndarray], config: Any) -> dict[str, PyTree]:
-    """Variables of ViT towers, float32, from the names of transformers' CLIPModel.
-
-    Raises:
-      UserError: names are missing or unexpected, or a shape differs.
-    """
-    renamed = {}
-    for name, array in state.items():
-        new = name
-        for pattern, replacement in _TRANSFORMERS:
-            new = re.sub(pattern, replacement, new)
-        # CLIPModel keeps both projections as Linear weights [d, w], CLIP as matrices [w, d].
-        is_projection = name in ("visual_projection.weight", "text_projection.weight")
-        renamed[new] = np.asarray(array).T if is_projection else array
-    return from_openclip(renamed, config)
+    state = {}
+    for name, paths in _places(leaves).items():
+        arrays = [_to_torch(path, leaves[path]) for path in paths]
+        state[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    return state

@@ -1,119 +1,64 @@
-"""Named CLIP architectures, where their weights live, and our own weight format.
+"""Pretrained towers by name or path, and our own weight format.
+
+`resolve` finds the file, `load` turns it into variables, `save` and `save_openclip` write one.
 
 Our format is one safetensors file: tensors by their "/"-joined variable path
 ("params/image/conv1/kernel") and metadata {"format": "trm_jax", "config", "tokenizer",
 "provenance"}, the last three as JSON, so that a file says by itself how to use it.
+
+Hashes are checked where they mean something: a file that was found by a model's name (in OpenAI's
+cache, or on the hub at the listed commit), and a TorchScript archive that bears the name of one of
+OpenAI's, must be the published one. State dicts saved anew under such a name, and all other files,
+are judged by their content.
 """
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from trm_jax.models.clip import towers
-from trm_jax.models.clip.config import CLIP_MEAN, CLIP_STD
-from trm_jax.pretrained import convert
+from trm_jax.pretrained import convert, files, hub
+from trm_jax.pretrained.architectures import (
+    ARCHITECTURES,
+    HUB,
+    PUBLISHED,
+    architecture,
+    known_name,
+    published_as,
+)
 from trm_jax.types import PyTree, UserError
 
+__all__ = [
+    "ARCHITECTURES",
+    "HUB",
+    "PACKAGED",
+    "architecture",
+    "load",
+    "provenance",
+    "read_metadata",
+    "resolve",
+    "save",
+    "save_openclip",
+    "tokenizer_config",
+]
+
 _FORMAT = "trm_jax"
-_HUB_FILE = "open_clip_model.safetensors"
-_DIRECTORY_FILES = (_HUB_FILE, "model.safetensors")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Packaged weights: name -> file beside this module.
 PACKAGED = {"glyphs": Path(__file__).parent / "weights" / "glyphs_clip.safetensors"}
-
-
-def _clip(embed_dim: int, image: dict[str, Any], text_width: int = 512) -> dict[str, Any]:
-    return {
-        "embed_dim": embed_dim,
-        "dense_pos_embed": False,
-        "image": {**image, "mean": CLIP_MEAN, "std": CLIP_STD},
-        "text": {
-            "vocab_size": 49408,
-            "context_length": 77,
-            "width": text_width,
-            "heads": text_width // 64,
-            "layers": 12,
-            "activation": "quick_gelu",
-            "eos_id": 49407,
-        },
-    }
-
-
-def _resnet(layers: tuple[int, ...], width: int, image_size: int) -> dict[str, Any]:
-    heads = width * 32 // 64
-    return {
-        "kind": "resnet",
-        "layers": layers,
-        "width": width,
-        "heads": heads,
-        "image_size": image_size,
-    }
-
-
-def _vit(patch_size: int, width: int, layers: int, image_size: int = 224) -> dict[str, Any]:
-    return {
-        "kind": "vit",
-        "patch_size": patch_size,
-        "width": width,
-        "layers": layers,
-        "heads": width // 64,
-        "activation": "quick_gelu",
-        "image_size": image_size,
-    }
-
-
-# OpenAI's nine models (Radford et al. 2021, Tables 19 and 20).
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "RN50": _clip(1024, _resnet((3, 4, 6, 3), 64, 224)),
-    "RN101": _clip(512, _resnet((3, 4, 23, 3), 64, 224)),
-    "RN50x4": _clip(640, _resnet((4, 6, 10, 6), 80, 288), 640),
-    "RN50x16": _clip(768, _resnet((6, 8, 18, 8), 96, 384), 768),
-    "RN50x64": _clip(1024, _resnet((3, 15, 36, 10), 128, 448), 1024),
-    "ViT-B/32": _clip(512, _vit(32, 768, 12)),
-    "ViT-B/16": _clip(512, _vit(16, 768, 12)),
-    "ViT-L/14": _clip(768, _vit(14, 1024, 24), 768),
-    "ViT-L/14-336": _clip(768, _vit(14, 1024, 24, 336), 768),
-}
-
-# OpenAI's weights as safetensors with OpenCLIP names.
-HUB = {
-    "RN50": "timm/resnet50_clip.openai",
-    "RN101": "timm/resnet101_clip.openai",
-    "RN50x4": "timm/resnet50x4_clip.openai",
-    "RN50x16": "timm/resnet50x16_clip.openai",
-    "RN50x64": "timm/resnet50x64_clip.openai",
-    "ViT-B/32": "timm/vit_base_patch32_clip_224.openai",
-    "ViT-B/16": "timm/vit_base_patch16_clip_224.openai",
-    "ViT-L/14": "timm/vit_large_patch14_clip_224.openai",
-    "ViT-L/14-336": "timm/vit_large_patch14_clip_336.openai",
-}
-
-
-def architecture(name: str) -> dict[str, Any]:
-    """The validated configuration of a named architecture or of a known hub repository.
-
-    Raises:
-      UserError: the name is unknown.
-    """
-    by_repository = {repository: known for known, repository in HUB.items()}
-    known = by_repository.get(name, name)
-    if known not in ARCHITECTURES:
-        raise UserError(f"model.name: {name!r} must be one of {', '.join(ARCHITECTURES)}")
-    return towers.validate(ARCHITECTURES[known])
 
 
 def resolve(name_or_path: str | os.PathLike) -> Path:
     """The local file of packaged, local or hub weights; downloads the latter if need be.
 
     Args:
-      name_or_path: "glyphs", a name of ARCHITECTURES, a .safetensors file, a directory that holds
-        one, or a hub repository "owner/name".
+      name_or_path: "glyphs"; a name of ARCHITECTURES, which means OpenAI's file in ~/.cache/clip
+        if it is there, else the hub; a file; a directory that holds one; or a hub repository
+        "owner/name" or "owner/name@revision".
 
     Raises:
       UserError: nothing is there, or the hub cannot be reached and has no cached copy.
@@ -128,50 +73,79 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         return PACKAGED[name]
     path = Path(name).expanduser()
     if path.is_dir():
-        for candidate in _DIRECTORY_FILES:
+        for candidate in hub.FILES:
             if (path / candidate).exists():
                 return path / candidate
-        raise UserError(f"model.pretrained: {name} holds none of {', '.join(_DIRECTORY_FILES)}")
+        raise UserError(f"model.pretrained: {name} holds none of {', '.join(hub.FILES)}")
     if path.exists():
         return path
-    repository = HUB.get(name, name)
-    looks_local = path.suffix == ".safetensors" or path.is_absolute() or name.startswith(".")
+    known = known_name(name)
+    if known is not None:
+        openai = Path("~/.cache/clip").expanduser() / PUBLISHED[known].openai_file
+        if name not in HUB.values() and openai.exists():
+            return openai
+        return hub.fetch(PUBLISHED[known].repository, PUBLISHED[known].revision)
+    repository, _, revision = name.partition("@")
+    looks_local = path.suffix in _SUFFIXES or path.is_absolute() or name.startswith(".")
     if looks_local or repository.count("/") != 1:
         raise UserError(
-            f"model.pretrained: {name!r} does not exist; give 'random', an existing .safetensors "
-            f"file, a hub repository owner/name or one of {', '.join([*PACKAGED, *HUB])}"
+            f"model.pretrained: {name!r} does not exist; give 'random', an existing file, a hub "
+            f"repository owner/name or one of {', '.join([*PACKAGED, *HUB])}"
         )
-    return _download(repository)
+    return hub.fetch(repository, revision or None)
 
 
-def _download(repository: str) -> Path:
-    # Imported here: it is slow, and most runs need no hub.
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, _HUB_FILE))
-    # Its errors come from whichever HTTP library its version uses; the remedy is always the same.
-    except Exception as error:
+def _check_hash(name: str, weights: files.Weights) -> None:
+    path = weights.path
+    known = None if Path(name).expanduser().exists() else known_name(name)  # as in `resolve`
+    if known is not None and path.name == hub.FILES[0]:
+        wanted = PUBLISHED[known].sha256
+    elif known is not None or weights.container == files.TORCHSCRIPT:
+        wanted = {p.openai_file: p.openai_sha256 for p in PUBLISHED.values()}.get(path.name)
+    else:
+        wanted = None
+    if wanted and (found := files.sha256(path)) != wanted:
         raise UserError(
-            f"model.pretrained: cannot fetch {_HUB_FILE} of {repository} "
-            f"({type(error).__name__}); download it elsewhere and give its path, or use 'random'"
-        ) from error
+            f"{path} is not the published file of this name: its SHA-256 is {found[:12]}..., not "
+            f"{wanted[:12]}...; fetch it again, or give the path of a file of another name"
+        )
 
 
-def _open(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"model.pretrained: {path} is no readable safetensors file ({error}); fetch it again"
-        ) from error
+def provenance(name_or_path: str | os.PathLike) -> dict[str, str]:
+    """Where weights come from, for the record of a run; {} for "random".
+
+    Returns:
+      "path" and "sha256" of the file; "published": what it was published as, if it is one of the
+      listed files; "repository" and "commit" if it lies in the hub's cache.
+
+    Raises:
+      UserError: as `resolve`.
+    """
+    if name_or_path == "random":
+        return {}
+    path = resolve(name_or_path)
+    sha256 = files.sha256(path)
+    published = published_as(sha256)
+    return {
+        "path": str(path),
+        "sha256": sha256,
+        **({"published": published} if published else {}),
+        **hub.commit(path),
+    }
 
 
-def _parse(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    if metadata.get("format") != _FORMAT:
+def is_own(metadata: Mapping[str, str]) -> bool:
+    """Whether a file with this metadata was written by `save`."""
+    return metadata.get("format") == _FORMAT
+
+
+def parse_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """{"config" (validated), "tokenizer", "provenance"} from the texts in a file of our format.
+
+    Raises:
+      UserError: it is in another format.
+    """
+    if not is_own(metadata):
         raise UserError(f"{path} carries no trm_jax metadata; it is not a file written by save()")
     parsed = {key: json.loads(metadata[key]) for key in ("config", "tokenizer", "provenance")}
     parsed["config"] = towers.validate(parsed["config"])
@@ -185,11 +159,7 @@ def read_metadata(name_or_path: str | os.PathLike) -> dict[str, Any]:
       UserError: the file is missing or is in another format.
     """
     path = resolve(name_or_path)
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return _parse(file.metadata() or {}, path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error})") from error
+    return parse_metadata(files.read_metadata(path), path)
 
 
 def tokenizer_config(name_or_path: str | os.PathLike) -> dict[str, Any] | None:
@@ -200,18 +170,8 @@ def tokenizer_config(name_or_path: str | os.PathLike) -> dict[str, Any] | None:
     """
     if name_or_path == "random":
         return None
-    metadata = _open_metadata(resolve(name_or_path))
-    return json.loads(metadata["tokenizer"]) if metadata.get("format") == _FORMAT else None
-
-
-def _open_metadata(path: Path) -> dict[str, str]:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"model.pretrained: {path} is no readable safetensors file ({error}); fetch it again"
-        ) from error
+    metadata = files.read_metadata(resolve(name_or_path))
+    return json.loads(metadata["tokenizer"]) if is_own(metadata) else None
 
 
 def _differing(found: Any, wanted: Any, where: str = "model") -> list[str]:
@@ -227,50 +187,51 @@ def _differing(found: Any, wanted: Any, where: str = "model") -> list[str]:
 def load(name_or_path: str | os.PathLike, config: Any) -> dict[str, PyTree] | None:
     """Variables (numpy float32) for the towers `config` describes; None for "random".
 
+    Tensors are read one by one, so that memory holds little more than the result.
+
     Args:
-      name_or_path: "random", or what `resolve` accepts. The naming (ours, OpenCLIP's or
-        transformers') is found out from the file.
+      name_or_path: "random", or what `resolve` accepts. The format (safetensors, or torch's zip
+        archives) and the naming (ours, OpenCLIP's or transformers') are found out from the file.
       config: see `trm_jax.models.clip.config.validate`.
 
     Raises:
-      UserError: the weights are missing, unreadable or made for another configuration.
+      UserError: the weights are missing, unreadable, not those that were published under their
+        name, or made for another configuration.
     """
     if name_or_path == "random":
         return None
-    path = resolve(name_or_path)
-    state, metadata = _open(path)
-    if metadata.get("format") == _FORMAT:
-        return _from_own(state, metadata, towers.validate(config), path)
-    if any(name.startswith("vision_model.") for name in state):
-        return convert.from_transformers(state, config)
-    if "visual.conv1.weight" in state:
-        return convert.from_openclip(state, config)
-    raise UserError(
-        f"model.pretrained: the tensor names of {path} are neither trm_jax's, OpenCLIP's nor "
-        "transformers' CLIP; convert the file first"
-    )
+    weights = files.read(resolve(name_or_path))
+    _check_hash(str(name_or_path), weights)
+    if is_own(weights.metadata):
+        return _from_own(weights, towers.validate(config))
+    state = convert.openclip_names(weights.tensors)
+    if "visual.conv1.weight" not in state:
+        raise UserError(
+            f"model.pretrained: the tensor names of {weights.path} are neither trm_jax's, "
+            "OpenCLIP's nor transformers' CLIP; convert the file first"
+        )
+    return convert.from_openclip(state, config, f"the weights of {weights.path}")
 
 
-def _from_own(
-    state: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str],
-    config: dict[str, Any],
-    path: Path,
-) -> dict[str, PyTree]:
+def _from_own(weights: files.Weights, config: dict[str, Any]) -> dict[str, PyTree]:
     # Where dense features add positions is a choice of the reader, not of the weights.
-    stored = {**_parse(metadata, path)["config"], "dense_pos_embed": config["dense_pos_embed"]}
+    stored = parse_metadata(weights.metadata, weights.path)["config"]
+    stored = {**stored, "dense_pos_embed": config["dense_pos_embed"]}
     if differing := _differing(stored, config):
-        raise UserError(f"{path} was made for another model: it has {', '.join(differing)}")
+        raise UserError(f"{weights.path} was made for another model: it has {', '.join(differing)}")
     wanted = {
         "/".join(key): spec
         for key, spec in convert.flatten(towers.abstract_variables(config)).items()
     }
-    convert.check_names(set(state), set(wanted), str(path))
+    what = f"the weights of {weights.path}"
+    convert.check_names(set(weights.tensors), set(wanted), what)
+    leaves = {}
     for name, spec in wanted.items():
-        convert.check_shape(name, state[name].shape, spec.shape)
-    return convert.unflatten(
-        {tuple(name.split("/")): np.asarray(array, np.float32) for name, array in state.items()}
-    )
+        convert.check_tensor(name, weights.tensors[name], spec.shape, what)
+        array = np.asarray(weights.tensors[name], np.float32)
+        convert.check_finite(name, array, what)
+        leaves[tuple(name.split("/"))] = array
+    return convert.unflatten(leaves)
 
 
 def save(
@@ -290,25 +251,22 @@ def save(
       tokenizer: JSON-able description of the tokenizer (its `to_config()`).
       provenance: JSON-able: the command, data, metrics and versions that made the weights.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "/".join(key): np.array(leaf, order="C") for key, leaf in convert.flatten(variables).items()
-    }
+    tensors = {"/".join(key): leaf for key, leaf in convert.flatten(variables).items()}
     metadata = {
         "format": _FORMAT,
         "config": json.dumps(towers.validate(config), sort_keys=True),
         "tokenizer": json.dumps(dict(tokenizer), sort_keys=True),
         "provenance": json.dumps(dict(provenance), sort_keys=True),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(safetensors.numpy.save(tensors, metadata=metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.write(Path(path), tensors, metadata)
+
+
+def save_openclip(path: str | os.PathLike, variables: PyTree) -> None:
+    """Writes tower variables as a safetensors file with OpenCLIP's names, atomically.
+
+    OpenCLIP, and whoever reads its files, can load it; `load` gives back the same bits.
+
+    Raises:
+      UserError: as `convert.to_openclip`.
+    """
+    files.write(Path(path), convert.to_openclip(variables), {"format": "pt"})

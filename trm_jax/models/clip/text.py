@@ -82,10 +82,9 @@ class TextTower(nn.Module):
             )
         x = jnp.asarray(embeddings + self.positional_embedding[:length][None], self.dtype)
         causal = jnp.tril(jnp.ones((length, length), bool))
-        for block in self.resblocks:
-            x = block(x, causal)
-        # LayerNorm acts per token, so it is enough to normalise the row that is read.
-        x = jnp.take_along_axis(x, eos[:, None, None], axis=1)[:, 0]
+        for block in self.resblocks[:-1]:
+            x = block(x, causal[None])
+        x = self.resblocks[-1].read(x, eos, causal[eos])
         x = self.ln_final(x).astype(self.dtype)
         return (x @ self.text_projection.astype(self.dtype)).astype(jnp.float32)
 

@@ -36,13 +36,13 @@ def attend(
     query: Float[AnyArray, "n q heads c"],
     key: Float[AnyArray, "n k heads c"],
     value: Float[AnyArray, "n k heads c"],
-    mask: Bool[AnyArray, "q k"] | None = None,
+    mask: Bool[AnyArray, "#n q k"] | None = None,
 ) -> Float[Array, "n q heads c"]:
     """Scaled dot-product attention with a float32 softmax; `mask` is true where q may see k."""
     scores = jnp.einsum("nqhc,nkhc->nhqk", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if mask is not None:
-        scores = jnp.where(mask[None, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("nhqk,nkhc->nqhc", weights, value)
 
@@ -66,11 +66,14 @@ class Attention(nn.Module):
         self.v_proj = linear("v_proj", self.width**-0.5)
         self.out_proj = linear("out_proj", self.out_std)
 
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """[n, T, width] -> [n, T, width]."""
-        heads = (*x.shape[:-1], self.heads, self.width // self.heads)
-        query, key, value = (p(x).reshape(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(query, key, value, mask).reshape(x.shape))
+    def __call__(self, x: Array, mask: Array | None = None, reader: Array | None = None) -> Array:
+        """[n, T, width] -> [n, T, width], or [n, q, width] for the queries `reader` [n, q, width]
+        alone; `mask` [n or 1, T or q, T] is true where attention is allowed."""
+        asking = x if reader is None else reader
+        heads = (self.heads, self.width // self.heads)
+        query = self.q_proj(asking).reshape(*asking.shape[:2], *heads)
+        key, value = (p(x).reshape(*x.shape[:2], *heads) for p in (self.k_proj, self.v_proj))
+        return self.out_proj(attend(query, key, value, mask).reshape(asking.shape))
 
     def value_path(self, x: Array) -> Array:
         """What every token would get if it attended to itself alone: out_proj(v_proj(x))."""
@@ -120,9 +123,22 @@ class Block(nn.Module):
         self.mlp = BlockMlp(self.width, self.activation, out_std, self.dtype, name="mlp")
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """[n, T, width] -> [n, T, width]; `mask` [T, T] is true where attention is allowed."""
+        """[n, T, width] -> [n, T, width]; `mask` [1, T, T] is true where attention is allowed."""
         x = x + self.attn(self.ln_1(x).astype(self.dtype), mask)
         return x + self.mlp(self.ln_2(x))
+
+    def read(self, x: Array, rows: Array, mask: Array | None = None) -> Array:
+        """Row rows[i] of example i alone: [n, T, width], [n] -> [n, width].
+
+        A tower reads one row of its last block, so the other queries and MLPs need not be computed.
+        `mask` [n, T] is true where that row may look.
+        """
+        normed = self.ln_1(x).astype(self.dtype)
+        asking = jnp.take_along_axis(normed, rows[:, None, None], axis=1)
+        seen = None if mask is None else mask[:, None]
+        x = jnp.take_along_axis(x, rows[:, None, None], axis=1)
+        x = x + self.attn(normed, seen, asking)
+        return (x + self.mlp(self.ln_2(x)))[:, 0]
 
     def value_path(self, x: Array) -> Array:
         """The block without token mixing: attention replaced by its value path."""

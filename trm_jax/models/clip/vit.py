@@ -84,6 +84,7 @@ class VisionTransformer(nn.Module):
             x = block(x)
         ln_post = layer_norm("ln_post")
         proj = self.param("proj", normal, (self.width, self.embed_dim)).astype(self.dtype)
-        embedding = ln_post(blocks[-1](x)[:, 0]).astype(self.dtype) @ proj
+        cls = blocks[-1].read(x, jnp.zeros(len(x), jnp.int32))
+        embedding = ln_post(cls).astype(self.dtype) @ proj
         dense = ln_post(blocks[-1].value_path(x[:, 1:])).astype(self.dtype) @ proj
         return embedding.astype(jnp.float32), dense
