@@ -27,6 +27,7 @@ setup(
         "jaxtyping>=0.3.7",
         "matplotlib>=3.9",
         "ml_collections>=1.1",
+        "ml_dtypes>=0.5",
         "numpy>=2.1",
         "opencv-python-headless>=4.10",
         "optax>=0.2.8",

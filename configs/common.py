@@ -2,9 +2,6 @@
 
 from ml_collections import ConfigDict, config_dict
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def base() -> ConfigDict:
     """Every field a run may have, with the defaults of the paper's recipe where it has one."""
@@ -12,9 +9,12 @@ def base() -> ConfigDict:
         "seed": 0,
         "method": "trm_ml",  # trm_ml, dualcoop, contrastive
         "model": {
-            "pretrained": "random",  # a safetensors file, a name of the registry, or "random"
+            # A file of weights, a hub repository owner/name@revision, an architecture's name
+            # (OpenAI's weights), "glyphs" or "random"
+            "pretrained": "random",
             "tokenizer": "clip",  # or "words"; a pretrained file may carry its own
-            "clip": {},
+            "architecture": "",  # of OpenAI's CLIP, such as "RN101" ...
+            "clip": {},  # ... and what differs from it, or all fields of the towers
             "options": {},  # keyword arguments of methods/<method>.make
             "initial_from": "",  # an exported model to start from ...
             "initial_params": (),  # ... for the parameters that match these regexes
@@ -164,20 +164,11 @@ def dualcoop(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def clip_rn101() -> ConfigDict:
-    """OpenAI's CLIP RN101: 119,688,033 parameters, joint width 512."""
-    return ConfigDict({
-        "embed_dim": 512,
-        "dense_pos_embed": False,
-        "image": {
-            "kind": "resnet", "layers": (3, 4, 23, 3), "width": 64, "heads": 32,
-            "image_size": 224, "mean": CLIP_MEAN, "std": CLIP_STD,
-        },
-        "text": {
-            "vocab_size": 49408, "context_length": 77, "width": 512, "heads": 8, "layers": 12,
-            "activation": "quick_gelu", "eos_id": 49407,
-        },
-    })
+def openai_clip(config: ConfigDict, architecture: str) -> ConfigDict:
+    """OpenAI's CLIP of that name, weights and all (python -m trm_jax.pretrained lists them)."""
+    config.model.update({"architecture": architecture, "pretrained": architecture})
+    config.model.clip = ConfigDict({"dense_pos_embed": False})
+    return config
 
 
 def clip_glyphs() -> ConfigDict:

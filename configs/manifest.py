@@ -9,9 +9,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """`arg` is data.root, the manifest."""
-    config = common.base()
-    config.model.clip = common.clip_rn101()
-    config.model.pretrained = "timm/resnet101_clip.openai"
+    config = common.trm_ml(common.openai_clip(common.base(), "RN101"))
     config.data.update({
         "dataset": "manifest", "root": arg, "image_size": 448, "batch_size": 32,
         "augment": "tai", "workers": 4, "label_protocol": "full", "known_fraction": 1.0,
@@ -20,5 +18,4 @@ def get_config(arg: str = ""):
         "test": "", "classes": "", "images": "", "unlisted": "unknown",
         "allow_empty_classes": False,
     })
-    common.trm_ml(config)
     return config

@@ -25,6 +25,9 @@ def shrink_clip(clip: ConfigDict) -> None:
 
 def shrink(config: ConfigDict) -> ConfigDict:
     """Any config on 32 tiny samples with random towers, 4 steps an epoch, 3 epochs."""
+    if config.model.architecture:
+        config.model.architecture = ""
+        config.model.clip = common.clip_glyphs()
     shrink_clip(config.model.clip)
     config.model.pretrained = "random"
     config.model.tokenizer = "words"

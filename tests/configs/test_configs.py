@@ -11,8 +11,11 @@ import pytest
 
 from configs import common
 from tests import tiny
-from trm_jax.data.sources import coco
+from trm_jax.data import sources, tokenizers
+from trm_jax.data.sources import coco, voc
 from trm_jax.data.sources.glyphs import GlyphScenes
+from trm_jax.pretrained import registry
+from trm_jax.train import experiment
 from trm_jax.train.loop import Run
 from trm_jax.types import UserError
 
@@ -117,8 +120,6 @@ class _FakeFeatures:
 
 
 def _shrunk(name, photos, monkeypatch):
-    from trm_jax.data import sources
-
     config = _config(name)
     augment = config.data.augment
     tiny.shrink(config)
@@ -129,7 +130,7 @@ def _shrunk(name, photos, monkeypatch):
         config.model.tokenizer = "clip"
     elif config.data.dataset != "glyphs":
         config.data.root = "unused"
-        if name == "coco":
+        if config.data.dataset in ("coco", "voc"):
             config.data.dataset = "glyphs"
             config.data.options = type(config)()
         else:
@@ -153,11 +154,62 @@ def test_a_shrunk_copy_trains_two_steps(name, photos, monkeypatch, tmp_path):
         assert 0 <= final["Rsum"] <= 600
 
 
-def test_coco_reads_its_annotation_options():
+@pytest.mark.parametrize("name", ["coco", "dualcoop_coco", "voc2007", "voc2012", "manifest"])
+def test_options_are_those_of_the_dataset(name):
     import inspect
 
-    options = set(_config("coco").data.options)
-    assert options <= set(inspect.signature(coco.CocoImages).parameters)
+    data = _config(name).data
+    assert set(data.options) <= set(inspect.signature(sources.DATASETS[data.dataset]).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [
+        ("coco", coco.OFFICIAL_COUNTS["2014", "train"][1]),
+        ("dualcoop_coco", coco.OFFICIAL_COUNTS["2014", "train"][1]),
+        ("voc2007", voc.OFFICIAL_COUNTS["2007", "train"][0]),
+        ("dualcoop_voc2007", voc.OFFICIAL_COUNTS["2007", "train"][0]),
+        ("voc2012", voc.OFFICIAL_COUNTS["2012", "train"][0]),
+    ],
+)
+def test_runs_are_evaluated_after_every_epoch(name, images):
+    config = _config(name)
+    assert config.train.eval_every == images // config.data.batch_size
+    assert config.train.checkpoint_every % config.train.eval_every == 0
+
+
+def test_the_peers_recipe_is_dualcoops():
+    for name, rate in (("dualcoop_coco", 2e-3), ("dualcoop_voc2007", 1e-3)):
+        config = _config(name)
+        optimizer, data = config.optimizer, config.data
+        assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == (
+            "sgd", rate, 5e-4,
+        )  # fmt: skip
+        assert (data.batch_size, data.image_size, data.augment) == (32, 448, "dualcoop")
+        assert config.train.epochs == 50 and config.model.clip.dense_pos_embed
+
+
+def test_a_single_positive_is_what_voc2012_knows():
+    assert _config("voc2012").data.label_protocol == "single_positive_largeloss"
+    assert _config("voc2012").model.architecture == "RN50"
+    assert _config("voc2012", "0.3").data.label_protocol == "hash"
+
+
+@pytest.mark.parametrize("name", ["RN101", "RN50", "ViT-B/16"])
+def test_an_architecture_is_named_and_its_fields_can_be_overridden(name):
+    config = common.openai_clip(common.base(), name)
+    config.model.clip.dense_pos_embed = True
+    clip = experiment.resolve_clip(config.model, tokenizers.ClipTokenizer())
+    assert clip == {**registry.architecture(name), "dense_pos_embed": True}
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    config = tiny.trm_ml(cached=False)
+    config.model.architecture = "RN102"
+    with pytest.raises(
+        UserError, match=r"^model\.architecture: 'RN102' must be one of RN50, RN101"
+    ):
+        tiny.build(config, tmp_path)
 
 
 @pytest.mark.parametrize("section", ["model.options", "prompts", "loss", "memory"])

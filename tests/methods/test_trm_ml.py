@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from tests.methods import small
 from tests.oracles.trm_ml import Oracle, decoder, sigmoid, unit
 from trm_jax.data.tokenizers import ClipTokenizer
 from trm_jax.losses import partial_labels
 from trm_jax.memory.pseudo_labels import create
 from trm_jax.methods import trm_ml
-from trm_jax.train.experiment import resolve_clip
+from trm_jax.pretrained import registry
 from trm_jax.types import ArraySpec, DataInfo, UserError
 
 LITERAL = trm_ml.Loss(distillation="softmax", unknown="auto", negatives="other_classes")
@@ -305,7 +304,7 @@ def test_predictions_are_the_region_level_and_its_soft_regions(whole):
 
 
 def test_the_papers_number_of_trained_parameters():
-    clip = resolve_clip(common.clip_rn101(), ClipTokenizer())
+    clip = registry.architecture("RN101")
     info = DataInfo(class_names=tuple(f"class {i}" for i in range(80)))
     method = trm_ml.make(
         info=info,

@@ -108,7 +108,7 @@ def test_half_precision_and_bookkeeping_entries_are_accepted():
 def test_missing_and_unexpected_names_make_one_line():
     state = convert.to_openclip(random_variables(CONFIGS["vit"]))
     state["visual.extra"] = state.pop("visual.proj")
-    message = r"lack visual\.proj and have the unexpected visual\.extra; set model\.image"
+    message = r"lack visual\.proj and have the unexpected visual\.extra; set model\.architecture"
     with pytest.raises(UserError, match=message) as error:
         convert.from_openclip(state, CONFIGS["vit"])
     assert "\n" not in str(error.value)

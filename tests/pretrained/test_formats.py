@@ -51,7 +51,7 @@ def test_through_an_openclip_file_and_back_is_bit_exact(tmp_path, kind):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: s.pop("visual.proj"), r"bad\.pt lack visual\.proj; set model\.image"),
+        (lambda s: s.pop("visual.proj"), r"bad\.pt lack visual\.proj; set model\.architecture"),
         (lambda s: s.update(extra=np.float16([1])), r"have the unexpected extra; set"),
         (lambda s: s.update({"ln_final.bias": np.zeros(9, np.float16)}), r"bias is \[9\].*\[8\]"),
         (lambda s: s.update({"ln_final.bias": np.zeros(8, np.int64)}), "bias is int64, not float"),

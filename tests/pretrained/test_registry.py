@@ -163,7 +163,7 @@ def test_another_configuration_is_refused_with_the_differing_fields(tmp_path, va
     other = json.loads(json.dumps(CONFIG))
     other["text"]["heads"] = 4
     other["image"]["image_size"] = 16
-    message = r"model\.image\.image_size \(8, not 16\), model\.text\.heads \(2, not 4\)"
+    message = r"model\.clip\.image\.image_size \(8, not 16\), model\.clip\.text\.heads \(2, not 4\)"
     with pytest.raises(UserError, match=message):
         registry.load(path, other)
     registry.load(path, CONFIG | {"dense_pos_embed": True})  # a choice of the reader

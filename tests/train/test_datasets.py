@@ -1,5 +1,7 @@
 """Data sections of configs: cached features train and score as the images do."""
 
+import hashlib
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from tests import tiny
 from trm_jax.models.clip import towers
 from trm_jax.pretrained import registry
-from trm_jax.train import experiment
+from trm_jax.train import experiment, runner, workdirs
 from trm_jax.types import UserError
 
 
@@ -60,3 +62,26 @@ def test_caching_and_augmentation_exclude_each_other(tmp_path):
     config.data.augment = "tai"
     with pytest.raises(UserError, match=r"data\.augment='none', not 'tai'"):
         experiment.build(config, cache_dir=tmp_path)
+
+
+def test_a_run_records_where_its_weights_came_from(tmp_path):
+    config = tiny.trm_ml()
+    config.data.update({"train_size": 8, "test_size": 8})
+    config.train.update({"epochs": 1, "eval_every": 0})
+    config.lock()
+    runner.train(config, str(tmp_path / "random"))
+    built = experiment.build(config, cache_dir=tmp_path / "cache")
+    weights = tmp_path / "clip.safetensors"
+    registry.save(
+        weights,
+        jax.device_get(towers.init(built.clip, jax.random.key(0))),
+        config=built.clip,
+        tokenizer=built.tokenizer.to_config(),
+        provenance={},
+    )
+    config.model.pretrained = str(weights)
+    runner.train(config, str(tmp_path / "file"))
+    found = [workdirs.read_json(tmp_path / name / "run.json") for name in ("random", "file")]
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert found[0]["pretrained"] == {}
+    assert found[1]["pretrained"] == {"path": str(weights), "sha256": digest}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 (names bfloat16 for numpy)
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -95,7 +95,7 @@ class CachedFeatures:
         features, start = {}, 0
         for name, (shape, dtype) in self._meta["arrays"].items():
             count = int(np.prod(shape))
-            array = np.frombuffer(record, jnp.dtype(dtype), count, start)
+            array = np.frombuffer(record, np.dtype(dtype), count, start)
             features[name] = array.reshape(shape)
             start += array.nbytes
         return features

@@ -61,7 +61,7 @@ def prompt_length(
     if tokens > context_length:
         raise UserError(
             f"class name {names[longest]!r} makes a prompt of {tokens} tokens, over "
-            f"model.text.context_length {context_length}; shorten the name or the context"
+            f"model.clip.text.context_length {context_length}; shorten the name or the context"
         )
     return min(-(-tokens // 8) * 8, context_length)
 

@@ -166,7 +166,7 @@ def architecture(name: str) -> dict[str, Any]:
     """
     known = known_name(name)
     if known is None:
-        raise UserError(f"model.name: {name!r} must be one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"model.architecture: {name!r} must be one of {', '.join(ARCHITECTURES)}")
     return validate(ARCHITECTURES[known])
 
 

@@ -126,8 +126,8 @@ def check_names(found: set[str], wanted: set[str], what: str) -> None:
         problems.append(f"have the unexpected {_some(found - wanted)}")
     if problems:
         raise UserError(
-            f"{what} {' and '.join(problems)}; set model.image and model.text to the "
-            "architecture of the weights"
+            f"{what} {' and '.join(problems)}; set model.architecture to that of the "
+            "weights (python -m trm_jax.pretrained FILE tells it)"
         )
 
 
@@ -136,7 +136,8 @@ def check_tensor(name: str, tensor: Any, shape: tuple[int, ...], what: str) -> N
     if tuple(tensor.shape) != shape:
         raise UserError(
             f"{what}: {name} is {list(tensor.shape)}, the configured model needs {list(shape)}; "
-            "set model.image and model.text to the architecture of the weights"
+            "set model.architecture to that of the weights (python -m trm_jax.pretrained FILE says "
+            "which)"
         )
     if not (np.issubdtype(tensor.dtype, np.floating) or tensor.dtype == ml_dtypes.bfloat16):
         raise UserError(
@@ -249,7 +250,9 @@ def to_openclip(variables: PyTree) -> dict[str, np.ndarray]:
     """
     leaves = flatten(variables)
     if ("params", "image", "ln", "scale") in leaves:
-        raise UserError("model.image.kind 'features' has no OpenCLIP form; save in our own format")
+        raise UserError(
+            "model.clip.image.kind 'features' has no OpenCLIP form; save in our own format"
+        )
     state = {}
     for name, paths in _places(leaves).items():
         arrays = [_to_torch(path, leaves[path]) for path in paths]

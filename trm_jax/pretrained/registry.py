@@ -174,7 +174,7 @@ def tokenizer_config(name_or_path: str | os.PathLike) -> dict[str, Any] | None:
     return json.loads(metadata["tokenizer"]) if is_own(metadata) else None
 
 
-def _differing(found: Any, wanted: Any, where: str = "model") -> list[str]:
+def _differing(found: Any, wanted: Any, where: str = "model.clip") -> list[str]:
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         return [] if found == wanted else [f"{where} ({found!r}, not {wanted!r})"]
     return [

@@ -107,6 +107,7 @@ def transform(data: ConfigDict, *, train: bool) -> ImageTransform:
 def cached(
     of: tuple[Source, Source],
     config: ConfigDict,
+    clip: dict[str, Any],
     method: Method,
     params: PyTree,
     dtype: Any,
@@ -115,7 +116,7 @@ def cached(
     """Both sources with their features read from `cache_dir`, computed first where missing.
 
     A cache's folder is named by the settings and the images' ids; the weights and the files must
-    be those it was made of. `dtype` is that of the compute.
+    be those it was made of. `clip` is the towers' resolved config, `dtype` that of the compute.
 
     Raises:
       UserError: `data.augment` is not "none", or a cache is stale.
@@ -135,7 +136,7 @@ def cached(
             dataset=config.data.dataset,
             options=config.data.options.to_dict(),
             image_size=config.data.image_size,
-            clip=config.model.clip.to_dict(),
+            clip=clip,
             pretrained=f"random {config.seed}" if random else config.model.pretrained,
             compute=str(dtype),
         )

@@ -56,7 +56,7 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     """
     train, test, eval_split = datasets.open_data(config.data)
     tokenizer = _tokenizer(config.model, train)
-    clip = resolve_clip(config.model.clip, tokenizer)
+    clip = resolve_clip(config.model, tokenizer)
     weights = registry.load(config.model.pretrained, clip)
     observed = None
     if train.class_names and config.method != "contrastive":
@@ -72,8 +72,8 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     params, extras = init(key, weights)
     raw_inputs = inputs
     if config.data.cache_features:
-        dtype = _dtype(config.precision.compute)
-        train, test = datasets.cached((train, test), config, method, params, dtype, cache_dir)
+        dtype = compute_dtype(config.precision.compute)
+        train, test = datasets.cached((train, test), config, clip, method, params, dtype, cache_dir)
         inputs, _ = datasets.input_spec(train, clip, config.data.image_size)
         method = make_method(config, info, tokenizer, clip, inputs, grid)
     params = _warm_start(params, config.model.initial_params, config.model.initial_from)
@@ -83,14 +83,16 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     )
 
 
-def resolve_clip(
-    clip: ConfigDict | dict[str, Any], tokenizer: tokenizers.Tokenizer
-) -> dict[str, Any]:
-    """The towers' config with the vocabulary of the tokenizer where it says 0."""
-    resolved = clip.to_dict() if isinstance(clip, ConfigDict) else dict(clip)
-    text = dict(resolved["text"])
-    text["vocab_size"] = text["vocab_size"] or tokenizer.vocab_size
-    text["eos_id"] = text["eos_id"] or tokenizer.eos_id
+def resolve_clip(model: ConfigDict, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The towers' config: `model.clip` over the named architecture, if there is one.
+
+    A vocabulary of 0 becomes the tokenizer's.
+    """
+    named = registry.architecture(model.architecture) if model.architecture else {}
+    resolved = {**named, **model.clip.to_dict()}
+    text = dict(resolved.get("text", {}))
+    for field, value in (("vocab_size", tokenizer.vocab_size), ("eos_id", tokenizer.eos_id)):
+        text[field] = text.get(field) or value
     return validate({**resolved, "text": text})
 
 
@@ -98,7 +100,7 @@ def make_method(config, info, tokenizer, clip, inputs, grid) -> Method:
     """The config's method on given data and towers."""
     if config.method not in MAKERS:
         raise UserError(f"method={config.method!r} is none of {', '.join(MAKERS)}")
-    shared = {"clip": clip, "inputs": inputs, "dtype": _dtype(config.precision.compute)}
+    shared = {"clip": clip, "inputs": inputs, "dtype": compute_dtype(config.precision.compute)}
     options = config.model.options.to_dict()
     if config.method == "contrastive":
         return _call(
@@ -133,9 +135,10 @@ def _call(function: Callable, section: str, **arguments):
         raise UserError(f"{section}: {str(error).split('() ')[-1]}") from None
 
 
-def _dtype(name: str):
+def compute_dtype(name: str) -> np.dtype:
+    """The dtype of `precision.compute`: "auto" is float32 on a CPU and bfloat16 elsewhere."""
     if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
         raise UserError(f"precision.compute={name!r} is none of auto, float32, bfloat16")
     return jnp.dtype(name)

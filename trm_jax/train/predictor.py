@@ -10,6 +10,7 @@ import numpy as np
 
 from trm_jax.data import tokenizers
 from trm_jax.data.transforms import image_transform
+from trm_jax.models.clip import towers
 from trm_jax.train import checkpoints, datasets, experiment, paths, sharding, workdirs
 from trm_jax.types import BatchSpec, DataInfo, Method, PyTree, UserError
 
@@ -78,7 +79,7 @@ def load(workdir: str | Path, features: np.ndarray | None = None) -> Predictor:
     config = workdirs.read_config(folder)
     saved = workdirs.read_json(folder / "vocabulary.json")
     tokenizer = tokenizers.from_config(saved["tokenizer"])
-    clip = experiment.resolve_clip(saved["clip"], tokenizer)
+    clip = towers.validate(saved["clip"])
     names = tuple(saved["class_names"])
     if clip["image"]["kind"] != "features":
         inputs, grid = datasets.image_spec(clip, config.data.image_size)

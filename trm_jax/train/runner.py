@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from trm_jax.data import partial_labels, tokenizers
+from trm_jax.pretrained import registry
 from trm_jax.train import experiment, metrics, pictures, sharding, workdirs
 from trm_jax.train.experiment import Experiment
 from trm_jax.train.loop import Run
@@ -38,7 +39,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # Claimed only now, so that a mistake found above leaves the workdir free for the corrected run.
     workdirs.claim(folder, config, built)
     step = int(state.step)
-    report = _report(built, run, mesh, folder)
+    report = _report(config, built, run, mesh, folder)
     _announce(report, step, built.job.total_steps)
     writer = metrics.MetricsWriter(
         folder, step=step, total_steps=built.job.total_steps, active=jax.process_index() == 0
@@ -78,7 +79,7 @@ def _cache_dir(config: ConfigDict, folder: Path) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else folder / "features"
 
 
-def _report(built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
+def _report(config: ConfigDict, built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
     before = workdirs.read_json(folder / "run.json")
     resumed = before.get("resumed_from", [])
     if run.resumed_from is not None:
@@ -91,6 +92,7 @@ def _report(built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "parameters": run.counts,
         "frozen_sha256": run.frozen_hash,
+        "pretrained": registry.provenance(config.model.pretrained),
         "dataset": {
             "train": len(built.train),
             built.eval_split: len(built.test),

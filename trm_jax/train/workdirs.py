@@ -16,6 +16,7 @@ _MAY_DIFFER = (
     "data.workers",
     "data.root",
     "data.cache_dir",
+    "prompts.remat",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",

@@ -38,18 +38,18 @@ def test_defaults_are_filled_in_and_every_mapping_gives_the_same():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("image.kind", "convnext", "model.image.kind = 'convnext' must be one of resnet, vit"),
-        ("image.depth", 3, "model.image.depth is no field"),
-        ("image.layers", (), "model.image.layers must list"),
-        ("image.layers", (1, 0), "model.image.layers must list"),
+        ("image.kind", "convnext", "model.clip.image.kind = 'convnext' must be one of resnet, vit"),
+        ("image.depth", 3, "model.clip.image.depth is no field"),
+        ("image.layers", (), "model.clip.image.layers must list"),
+        ("image.layers", (1, 0), "model.clip.image.layers must list"),
         ("image.image_size", 20, "image_size = 20 must be a multiple of the total stride = 8"),
-        ("image.heads", 0, "model.image.heads must be a positive integer"),
-        ("image.mean", (0.5,), "model.image.mean must have three values"),
-        ("text.heads", 3, "model.text.width = 4 must be a multiple of heads = 3"),
-        ("text.activation", "relu", "model.text.activation = 'relu' must be one of gelu"),
-        ("text.eos_id", 9, "model.text.eos_id = 9 lies outside"),
-        ("embed_dim", None, "model.embed_dim must be a positive integer"),
-        ("text", 3, "model.text must be a mapping"),
+        ("image.heads", 0, "model.clip.image.heads must be a positive integer"),
+        ("image.mean", (0.5,), "model.clip.image.mean must have three values"),
+        ("text.heads", 3, "model.clip.text.width = 4 must be a multiple of heads = 3"),
+        ("text.activation", "relu", "model.clip.text.activation = 'relu' must be one of gelu"),
+        ("text.eos_id", 9, "model.clip.text.eos_id = 9 lies outside"),
+        ("embed_dim", None, "model.clip.embed_dim must be a positive integer"),
+        ("text", 3, "model.clip.text must be a mapping"),
     ],
 )
 def test_mistakes_are_named(path, value, message):
@@ -66,5 +66,5 @@ def test_mistakes_are_named(path, value, message):
 def test_a_missing_field_is_named():
     config = copy.deepcopy(CONFIG)
     del config["text"]["eos_id"]
-    with pytest.raises(UserError, match="model.text.eos_id is missing"):
+    with pytest.raises(UserError, match="model.clip.text.eos_id is missing"):
         validate(config)

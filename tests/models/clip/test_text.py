@@ -56,5 +56,5 @@ def test_rematerialised_blocks_give_the_same_gradients(variables):
 
 
 def test_a_text_over_the_context_length_is_refused(variables):
-    with pytest.raises(UserError, match="13 tokens exceeds model.text.context_length 12"):
+    with pytest.raises(UserError, match="13 tokens exceeds model.clip.text.context_length 12"):
         APPLY(variables, np.zeros((1, 13), np.int32))

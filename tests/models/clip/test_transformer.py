@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,5 +27,18 @@ def test_attend_matches_numpy(masked):
     weights = np.exp(scores) * (mask if masked else 1.0)
     weights = weights / weights.sum(-1, keepdims=True)
     expected = np.einsum("nhqk,nkhc->nqhc", weights, value)
-    actual = transformer.attend(query, key, value, mask)
+    actual = transformer.attend(query, key, value, mask[None] if masked else None)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_reading_a_row_is_the_row_of_the_whole_block(masked):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32)
+    rows = jnp.array([4, 0, 2])
+    causal = jnp.tril(jnp.ones((5, 5), bool)) if masked else jnp.ones((5, 5), bool)
+    block = transformer.Block(8, 2, 1)
+    variables = block.init(jax.random.key(0), x)
+    whole = block.apply(variables, x, causal[None])
+    row = block.apply(variables, x, rows, causal[rows], method="read")
+    np.testing.assert_allclose(row, whole[jnp.arange(3), rows], atol=1e-6)

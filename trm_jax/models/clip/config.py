@@ -81,7 +81,7 @@ def _one_of(section: Mapping[str, Any], name: str, choices: Any, where: str) -> 
 
 
 def _check_image(image: Mapping[str, Any]) -> None:
-    where = "model.image"
+    where = "model.clip.image"
     if image["kind"] == "features":
         _positive(image, ("width",), where)
         _one_of(image, "pool", ("mean", "max_mean"), where)
@@ -118,17 +118,21 @@ def validate(config: Any) -> dict[str, Any]:
     Raises:
       UserError: a field is missing, unknown or out of range.
     """
-    top = _complete(plain(config), _TOP_FIELDS, "model")
-    _positive(top, ("embed_dim",), "model")
+    top = _complete(plain(config), _TOP_FIELDS, "model.clip")
+    _positive(top, ("embed_dim",), "model.clip")
     kind = top["image"].get("kind") if isinstance(top["image"], dict) else None
     if kind not in _IMAGE_FIELDS:
-        raise UserError(f"model.image.kind = {kind!r} must be one of {', '.join(_IMAGE_FIELDS)}")
-    top["image"] = _complete(top["image"], {"kind": _REQUIRED} | _IMAGE_FIELDS[kind], "model.image")
+        raise UserError(
+            f"model.clip.image.kind = {kind!r} must be one of {', '.join(_IMAGE_FIELDS)}"
+        )
+    top["image"] = _complete(
+        top["image"], {"kind": _REQUIRED} | _IMAGE_FIELDS[kind], "model.clip.image"
+    )
     _check_image(top["image"])
-    top["text"] = text = _complete(top["text"], _TEXT_FIELDS, "model.text")
-    _positive(text, ("vocab_size", "context_length", "width", "heads", "layers"), "model.text")
-    _one_of(text, "activation", ACTIVATIONS, "model.text")
-    _multiple(text["width"], text["heads"], "model.text.width", "heads")
+    top["text"] = text = _complete(top["text"], _TEXT_FIELDS, "model.clip.text")
+    _positive(text, ("vocab_size", "context_length", "width", "heads", "layers"), "model.clip.text")
+    _one_of(text, "activation", ACTIVATIONS, "model.clip.text")
+    _multiple(text["width"], text["heads"], "model.clip.text.width", "heads")
     if not 0 <= text["eos_id"] < text["vocab_size"]:
-        raise UserError(f"model.text.eos_id = {text['eos_id']} lies outside the vocabulary")
+        raise UserError(f"model.clip.text.eos_id = {text['eos_id']} lies outside the vocabulary")
     return top

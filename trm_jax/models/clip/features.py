@@ -46,7 +46,7 @@ class FeatureProjection(nn.Module):
         del train  # no dropout, no batch statistics
         if x.shape[-1] != self.width:
             raise UserError(
-                f"model.image.width is {self.width}, the data's features have {x.shape[-1]}"
+                f"model.clip.image.width is {self.width}, the data's features have {x.shape[-1]}"
             )
         x = layer_norm("ln")(x).astype(self.dtype)
         parts = []

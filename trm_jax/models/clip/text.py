@@ -77,7 +77,7 @@ class TextTower(nn.Module):
         length = embeddings.shape[1]
         if length > self.context_length:
             raise UserError(
-                f"a text of {length} tokens exceeds model.text.context_length "
+                f"a text of {length} tokens exceeds model.clip.text.context_length "
                 f"{self.context_length}; shorten the texts"
             )
         x = jnp.asarray(embeddings + self.positional_embedding[:length][None], self.dtype)

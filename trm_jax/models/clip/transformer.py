@@ -127,7 +127,7 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x).astype(self.dtype), mask)
         return x + self.mlp(self.ln_2(x))
 
-    def read(self, x: Array, rows: Array, mask: Array | None = None) -> Array:
+    def read(self, x: Array, rows: AnyArray, mask: Array | None = None) -> Array:
         """Row rows[i] of example i alone: [n, T, width], [n] -> [n, width].
 
         A tower reads one row of its last block, so the other queries and MLPs need not be computed.

@@ -1,0 +1,19 @@
+"""DualCoOp on Pascal VOC 2007 with OpenAI's CLIP RN101 at 448 pixels, in its own recipe.
+
+python launch/train.py --config=configs/dualcoop_voc2007.py:0.1 --workdir=runs/dualcoop_voc2007 \
+    --config.data.root=VOC
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """`arg` is the known fraction, 0.1 by default."""
+    config = common.dualcoop(common.openai_clip(common.base(), "RN101"))
+    config.data.update({
+        "dataset": "voc", "image_size": 448, "workers": 8, "known_fraction": float(arg or 0.1),
+    })
+    config.data.options.update({"year": "2007"})
+    config.optimizer.learning_rate = 1e-3
+    config.train.update({"eval_every": 156, "checkpoint_every": 1560})  # 156: an epoch
+    return config
