@@ -167,7 +167,8 @@ def dualcoop(config: ConfigDict) -> ConfigDict:
 def openai_clip(config: ConfigDict, architecture: str) -> ConfigDict:
     """OpenAI's CLIP of that name, weights and all (python -m trm_jax.pretrained lists them)."""
     config.model.update({"architecture": architecture, "pretrained": architecture})
-    config.model.clip = ConfigDict({"dense_pos_embed": False})
+    # "cudnn" may be faster for a ViT at high resolution on an NVIDIA GPU.
+    config.model.clip = ConfigDict({"dense_pos_embed": False, "attention": "xla"})
     return config
 
 

@@ -229,3 +229,10 @@ def test_batches_of_every_kind_keep_the_frozen_towers_out_of_the_gradient(tmp_pa
     moments = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(state.opt_state)]
     assert not [path for path in moments if "'clip'" in path]
     run.files.close()
+
+
+def test_the_cudnn_kernel_is_refused_without_a_gpu(tmp_path):
+    config = tiny.trm_ml(cached=False)
+    config.model.clip.attention = "cudnn"
+    with pytest.raises(UserError, match="needs an NVIDIA GPU .* this is cpu with float32"):
+        tiny.build(config, tmp_path)

@@ -221,3 +221,19 @@ def test_moving_average_follows_its_recursion_and_is_what_is_evaluated(job, tmp_
         expected = 0.5 * expected + 0.5 * np.asarray(state.params["prompts"]["positive"])
         np.testing.assert_allclose(state.ema["prompts"]["positive"], expected, rtol=1e-6, atol=1e-8)
         np.testing.assert_array_equal(seen.pop(0), state.ema["prompts"]["positive"])
+
+
+def test_a_run_compiles_its_step_once(job, tmp_path, monkeypatch):
+    # Epochs, the change of stages, logging, a checkpoint and a resume with arrays from the disk.
+    compiled = []
+    original = loop.Run._compile
+
+    def keep(run, placed):
+        compiled.append(original(run, placed))
+        return compiled[-1]
+
+    monkeypatch.setattr(loop.Run, "_compile", keep)
+    with pytest.raises(Preempted):
+        tiny.run(_signalled(job, 6), tmp_path, tiny.mesh(2))
+    tiny.run(job, tmp_path, tiny.mesh(2))
+    assert [step._cache_size() for step in compiled] == [1, 1]

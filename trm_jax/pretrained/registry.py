@@ -214,9 +214,10 @@ def load(name_or_path: str | os.PathLike, config: Any) -> dict[str, PyTree] | No
 
 
 def _from_own(weights: files.Weights, config: dict[str, Any]) -> dict[str, PyTree]:
-    # Where dense features add positions is a choice of the reader, not of the weights.
-    stored = parse_metadata(weights.metadata, weights.path)["config"]
-    stored = {**stored, "dense_pos_embed": config["dense_pos_embed"]}
+    # Where dense features add positions, and by which kernel attention runs, are choices of the
+    # reader, not of the weights.
+    chosen = {field: config[field] for field in ("dense_pos_embed", "attention")}
+    stored = parse_metadata(weights.metadata, weights.path)["config"] | chosen
     if differing := _differing(stored, config):
         raise UserError(f"{weights.path} was made for another model: it has {', '.join(differing)}")
     wanted = {

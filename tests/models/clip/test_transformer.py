@@ -42,3 +42,28 @@ def test_reading_a_row_is_the_row_of_the_whole_block(masked):
     whole = block.apply(variables, x, causal[None])
     row = block.apply(variables, x, rows, causal[rows], method="read")
     np.testing.assert_allclose(row, whole[jnp.arange(3), rows], atol=1e-6)
+
+
+def test_the_cudnn_kernel_gets_what_it_can_do_and_gives_the_same(monkeypatch):
+    asked = []
+    original = jax.nn.dot_product_attention
+
+    def stand_in(query, key, value, *, implementation):
+        asked.append((implementation, query.shape))
+        return original(query, key, value, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
+    blocks = [
+        transformer.Block(8, 2, 1, "gelu", jnp.bfloat16, kernel) for kernel in ("xla", "cudnn")
+    ]
+    variables = blocks[0].init(jax.random.key(0), x)
+    plain, fused = (block.apply(variables, x) for block in blocks)
+    assert asked == [("cudnn", (2, 5, 2, 4))]
+    np.testing.assert_allclose(plain, fused, atol=2e-2)
+    causal = jnp.tril(jnp.ones((5, 5), bool))[None]
+    blocks[1].apply(variables, x, causal)  # masked, read by one row, float32: by XLA
+    blocks[1].apply(variables, x, jnp.zeros(2, jnp.int32), method="read")
+    transformer.Block(8, 2, 1, kernel="cudnn").apply(variables, x)
+    assert len(asked) == 1

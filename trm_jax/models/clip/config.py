@@ -35,6 +35,7 @@ _TEXT_FIELDS: dict[str, Any] = {
 _TOP_FIELDS = {
     "embed_dim": _REQUIRED,
     "dense_pos_embed": False,
+    "attention": "xla",
     "image": _REQUIRED,
     "text": _REQUIRED,
 }
@@ -109,8 +110,9 @@ def validate(config: Any) -> dict[str, Any]:
     """Checks a towers configuration and fills in defaults.
 
     Args:
-      config: any nested mapping (dict, ConfigDict, parsed JSON) with "embed_dim", "image", "text"
-        and optionally "dense_pos_embed"; image kinds are "resnet", "vit" and "features".
+      config: any nested mapping (dict, ConfigDict, parsed JSON) with "embed_dim", "image",
+        "text" and optionally "dense_pos_embed" and "attention"; image kinds are "resnet", "vit"
+        and "features".
 
     Returns:
       Nested dicts with every field present and tuples for sequences, equal for equal models.
@@ -120,6 +122,7 @@ def validate(config: Any) -> dict[str, Any]:
     """
     top = _complete(plain(config), _TOP_FIELDS, "model.clip")
     _positive(top, ("embed_dim",), "model.clip")
+    _one_of(top, "attention", ("xla", "cudnn"), "model.clip")
     kind = top["image"].get("kind") if isinstance(top["image"], dict) else None
     if kind not in _IMAGE_FIELDS:
         raise UserError(

@@ -48,6 +48,8 @@ class ClipTowers(nn.Module):
         kind = self.config["image"]["kind"]
         if kind == "resnet":
             image["dense_pos_embed"] = self.config["dense_pos_embed"]
+        elif kind == "vit":
+            image["attention"] = self.config["attention"]
         embed_dim = self.config["embed_dim"]
         self.image = _IMAGE_TOWERS[kind](
             embed_dim=embed_dim, dtype=self.dtype, name="image", **image

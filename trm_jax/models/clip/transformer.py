@@ -37,8 +37,15 @@ def attend(
     key: Float[AnyArray, "n k heads c"],
     value: Float[AnyArray, "n k heads c"],
     mask: Bool[AnyArray, "#n q k"] | None = None,
+    kernel: str = "xla",
 ) -> Float[Array, "n q heads c"]:
-    """Scaled dot-product attention with a float32 softmax; `mask` is true where q may see k."""
+    """Scaled dot-product attention with a float32 softmax; `mask` is true where q may see k.
+
+    kernel "cudnn" never writes the scores to memory; it serves half precision without a mask, and
+    the others go to "xla".
+    """
+    if kernel == "cudnn" and mask is None and query.dtype in (jnp.bfloat16, jnp.float16):
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     scores = jnp.einsum("nqhc,nkhc->nhqk", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if mask is not None:
@@ -54,6 +61,7 @@ class Attention(nn.Module):
     heads: int
     out_std: float
     dtype: Any = jnp.float32
+    kernel: str = "xla"
 
     def setup(self):
         def linear(name: str, std: float) -> nn.Dense:
@@ -73,7 +81,9 @@ class Attention(nn.Module):
         heads = (self.heads, self.width // self.heads)
         query = self.q_proj(asking).reshape(*asking.shape[:2], *heads)
         key, value = (p(x).reshape(*x.shape[:2], *heads) for p in (self.k_proj, self.v_proj))
-        return self.out_proj(attend(query, key, value, mask).reshape(asking.shape))
+        # A single query has no scores worth a kernel.
+        kernel = self.kernel if reader is None else "xla"
+        return self.out_proj(attend(query, key, value, mask, kernel).reshape(asking.shape))
 
     def value_path(self, x: Array) -> Array:
         """What every token would get if it attended to itself alone: out_proj(v_proj(x))."""
@@ -107,6 +117,7 @@ class Block(nn.Module):
       depth: number of blocks of the tower; the initial output projections shrink with it.
       activation: a name of ACTIVATIONS.
       dtype: of the compute; parameters, LayerNorm and softmax are float32.
+      kernel: of the attention, see `attend`.
     """
 
     width: int
@@ -114,11 +125,12 @@ class Block(nn.Module):
     depth: int
     activation: str = "quick_gelu"
     dtype: Any = jnp.float32
+    kernel: str = "xla"
 
     def setup(self):
         out_std = (self.width * 2 * self.depth) ** -0.5
         self.ln_1 = layer_norm("ln_1")
-        self.attn = Attention(self.width, self.heads, out_std, self.dtype, name="attn")
+        self.attn = Attention(self.width, self.heads, out_std, self.dtype, self.kernel, name="attn")
         self.ln_2 = layer_norm("ln_2")
         self.mlp = BlockMlp(self.width, self.activation, out_std, self.dtype, name="mlp")
 

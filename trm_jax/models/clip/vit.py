@@ -24,6 +24,7 @@ class VisionTransformer(nn.Module):
       image_size: input side that the position embeddings belong to; other sizes resize them.
       patch_size, width, layers, heads, activation: as in CLIP.
       dtype: of the compute.
+      attention: "xla" or "cudnn", see transformer.attend.
     """
 
     embed_dim: int
@@ -34,6 +35,7 @@ class VisionTransformer(nn.Module):
     heads: int
     activation: str
     dtype: Any = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -76,6 +78,7 @@ class VisionTransformer(nn.Module):
                 self.layers,
                 self.activation,
                 self.dtype,
+                self.attention,
                 name=f"resblocks_{i}",
             )
             for i in range(self.layers)
