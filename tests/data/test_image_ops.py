@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from trm_jax.data import image_ops as ops
+from trm_jax.data.sources.base import read_image
 
 pil = pytest.importorskip("PIL")
 from PIL import Image, ImageEnhance, ImageOps  # noqa: E402
@@ -102,13 +103,60 @@ def test_resize_is_close_to_antialiased_bicubic(size):
     assert abs(difference).mean() < 2.0 and abs(difference.mean()) < 0.3
 
 
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("size", "mean", "worst", "plain"),
+    [(448, 0.75, 2.8, 1.4), (336, 0.9, 3.3, 2.7), (224, 1.0, 2.8, 4.8), (96, 1.7, 4.2, 8.5)],
+)
+def test_photos_look_as_clips_preprocessing_makes_them(data_root, size, mean, worst, plain):
+    """Grey levels between ours and PIL's antialiased bicubic, from the file to the square."""
+    files = sorted((data_root / "coco_subset").glob("*2017/*.jpg"))[::2]
+    ours, without = [], []
+    for file in files:
+        image = read_image(file)
+        with Image.open(file) as opened:
+            decoded = opened.convert("RGB")
+        np.testing.assert_array_equal(image, np.asarray(decoded))  # both are libjpeg-turbo's
+        expected = np.asarray(decoded.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        ours.append(abs(ops.resize(image, size) - expected).mean())
+        bare = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+        without.append(abs(bare - expected).mean())
+    assert np.mean(ours) < mean and max(ours) < worst
+    assert np.mean(without) > plain  # antialiasing is what makes the difference
+
+
+@pytest.mark.parametrize("factor", [1.02, 1.43, 2.44, 2.46, 3.9])
+def test_the_smoothing_before_bicubic_leaves_flat_and_slanted_surfaces(factor):
+    taps, deviation = ops._smoothing(factor)
+    kernel = cv2.getGaussianKernel(taps, deviation)[:, 0]
+    np.testing.assert_allclose(kernel.sum(), 1.0, atol=1e-6)
+    np.testing.assert_array_equal(kernel, kernel[::-1])
+    if taps == 3:
+        np.testing.assert_allclose(kernel[0], 0.2 * factor - 0.17, atol=1e-6)
+    assert taps == (3 if factor < 2.45 else 5)
+
+
+def test_growing_sides_are_not_smoothed():
+    image = _photo(30, 40)
+    expected = cv2.resize(image, (64, 64), interpolation=cv2.INTER_CUBIC)
+    np.testing.assert_array_equal(ops.resize(image, 64), expected)
+
+
+def test_four_channels_warp_to_the_values_of_three():
+    image = _photo(64, 64)
+    matrix = cv2.getRotationMatrix2D((31.5, 31.5), 27.0, 1.0)
+    expected = cv2.warpAffine(image, matrix, (64, 64), borderValue=(128, 128, 128))
+    difference = abs(ops.rotate(image, 27.0).astype(int) - expected)
+    assert difference.max() <= 1 and difference.mean() < 0.01  # the matrix is inverted once more
+
+
 def test_resize_keeps_flat_images_and_antialiases():
     np.testing.assert_array_equal(
         ops.resize(np.full((30, 50, 3), 77, np.uint8), 16), np.full((16, 16, 3), 77)
     )
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    for size in (16, 30, 36):  # both ways of shrinking: no stripe may survive as a pattern
+    for size in (15, 16, 24, 30, 36):  # all ways of shrinking: no stripe may survive as a pattern
         assert ops.resize(stripes, size)[4:-4, 4:-4].std() < 45
     image = _photo(16, 16)
     assert ops.resize(image, 16) is image

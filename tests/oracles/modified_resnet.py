@@ -127,3 +127,31 @@ def randomised(layers, width, heads, image_size, embed_dim, seed=0):
             elif name.endswith(("running_mean", "bias")):
                 tensor.normal_(0, 0.2)
     return model
+
+
+def calibrated(layers, width, heads, image_size, embed_dim, images, seed=0):
+    """An evaluation-mode network of any depth whose activations neither vanish nor explode.
+
+    The statistics of every BatchNorm are those of `images` [n, 3, H, W], scales and biases are
+    random. The last scale of each residual branch is 0.1 to 0.3: CLIP starts it at zero, and at
+    one the rounding errors of 33 random blocks would be amplified a hundredfold, in torch as well.
+    Queries and keys are smaller than the features, so that the pool's softmax does not pick one
+    position; position embeddings are about as large as the features.
+    """
+    torch.manual_seed(seed)
+    model = ModifiedResNet(layers, width, heads, image_size, embed_dim)
+    with torch.no_grad():
+        for name, norm in model.named_modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                last = name.startswith("layer") and name.endswith("bn3")
+                norm.weight.uniform_(*((0.1, 0.3) if last else (0.5, 1.5)))
+                norm.bias.normal_(0, 0.2)
+                norm.momentum = 1.0  # one pass replaces the statistics
+        channels = model.attnpool.c_proj.in_features
+        for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
+            linear = getattr(model.attnpool, name)
+            gain = 0.5 if name in ("q_proj", "k_proj") else 1.0
+            linear.weight.normal_(0, gain * channels**-0.5)
+            linear.bias.normal_(0, 0.2)
+        model(images)
+    return model.eval()

@@ -51,7 +51,8 @@ def train_batches(
 
     batch_size: B, over all processes; a batch here has B / process_count rows.
     seed: of the permutations and of every sample's random numbers.
-    workers: decoding processes; 0 decodes in threads of this process.
+    workers: decoding processes; 0 decodes in threads of this process. For photos threads are the
+    faster of the two: OpenCV does not hold Python's lock, and no batch crosses into shared memory.
 
     A sample that raises BadSampleError becomes a blank with valid=False and its index kept; any
     other exception is raised here. Raises UserError if an epoch has not one full batch, or if the

@@ -52,9 +52,9 @@ def test_dense_features_of_a_one_block_net_see_their_own_patch_only():
 
 
 def _random_clip(activation="quick_gelu"):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
+    pytest.importorskip("torch")
+    from tests.oracles import transformers_clip
+
     shared = {
         "hidden_size": 16,
         "intermediate_size": 64,
@@ -69,54 +69,31 @@ def _random_clip(activation="quick_gelu"):
         "eos_token_id": 3,
         "pad_token_id": 0,
     }
-    config = transformers.CLIPConfig(
-        text_config=shared | text,
-        vision_config=shared | {"image_size": 32, "patch_size": 8},
-        projection_dim=12,
-    )
-    model = transformers.CLIPModel(config).eval()
-    with torch.no_grad():  # far from the small default initialisation
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + float("norm.weight" in name))
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return torch, model, state
+    vision = {"image_size": 32, "patch_size": 8}
+    return transformers_clip, transformers_clip.randomised(shared | vision, shared | text, 12)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("size", [(32, 32), (48, 32)])
 def test_images_match_transformers(size):
-    torch, model, state = _random_clip()
-    variables = convert.from_transformers(state, CONFIG)
+    oracle, model = _random_clip()
+    variables = convert.from_transformers(oracle.state_dict(model), CONFIG)
     x = np.random.default_rng(0).uniform(size=(2, *size, 3)).astype(np.float32)
-    net = towers.build(CONFIG)
-    apply = jax.jit(net.apply, static_argnames="method")
-    embedding, dense = apply(variables, x, method="encode_image")
-    with torch.no_grad():
-        pixels = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
-        output = model.vision_model(
-            pixels, interpolate_pos_encoding=True, output_hidden_states=True
-        )
-        expected = model.visual_projection(output.pooler_output)
-        block = model.vision_model.encoder.layers[-1]
-        tokens = output.hidden_states[-2][:, 1:]
-        attention = block.self_attn
-        tokens = tokens + attention.out_proj(attention.v_proj(block.layer_norm1(tokens)))
-        tokens = tokens + block.mlp(block.layer_norm2(tokens))
-        tokens = model.visual_projection(model.vision_model.post_layernorm(tokens))
-    np.testing.assert_allclose(embedding, expected.numpy(), atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(dense, tokens.numpy(), atol=1e-4, rtol=1e-4)
+    apply = jax.jit(towers.build(CONFIG).apply, static_argnames="method")
+    found = apply(variables, x, method="encode_image")
+    expected = oracle.image_features(model, x.transpose(0, 3, 1, 2).copy())
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_texts_match_transformers(activation):
-    torch, model, state = _random_clip(activation)
+    oracle, model = _random_clip(activation)
     config = CONFIG | {"text": CONFIG["text"] | {"activation": activation}}
-    variables = convert.from_transformers(state, config)
+    variables = convert.from_transformers(oracle.state_dict(model), config)
     tokens = np.array([[2, 7, 8, 9, 3, 0, 0], [2, 5, 3, 3, 0, 0, 0]], np.int32)
     apply = jax.jit(towers.build(config).apply, static_argnames="method")
     actual = apply(variables, tokens, method="encode_text")
-    with torch.no_grad():
-        pooled = model.text_model(torch.from_numpy(tokens).long()).pooler_output
-        expected = model.text_projection(pooled).numpy()
+    expected = oracle.text_features(model, tokens)
     np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
