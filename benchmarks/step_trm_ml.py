@@ -73,6 +73,7 @@ def measure(
     condition = {"arch": setting.arch, "image_size": setting.image_size, "batch": setting.batch}
     sides = {
         OURS: (workers.trm_ml_step, setting, "step"),
+        f"{OURS}, prompts.remat": (workers.trm_ml_step, setting._replace(remat=True), "step"),
         f"{OURS}, cached features": (workers.trm_ml_cached, setting, "cached"),
         PLAIN: (workers.dualcoop_step, setting._replace(total=77), "step"),
         TRIMMED: (workers.dualcoop_step, setting, "step"),

@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     """One comparison.
 
     arch: of the registry. weights: OpenCLIP safetensors. total: tokens of the peer's prompts, 0 for
-    as many as ours have.
+    as many as ours have. remat: of our prompts.
     """
 
     arch: str
@@ -42,6 +42,7 @@ class Setting(NamedTuple):
     weights: str
     class_names: tuple[str, ...]
     total: int = 0
+    remat: bool = False
 
 
 class Worker:
@@ -162,6 +163,7 @@ def _ours(setting: Setting, wanted: tuple[str, ...]):
     from trm_jax.types import DataInfo
 
     config = coco.get_config("0.1")
+    config.prompts.remat = setting.remat
     clip = registry.architecture(setting.arch)
     inputs, grid = datasets.image_spec(clip, setting.image_size)
     info = DataInfo(class_names=setting.class_names, steps_per_epoch=641, total_steps=25640)
@@ -245,7 +247,7 @@ def _parts(shared, pretrained, batch, dtype):
         return jnp.sum(jnp.sin(positive)) - jnp.sum(jnp.sin(negative))
 
     text = jax.jit(jax.value_and_grad(total)).lower(params["prompts"], frozen).compile()
-    side = 8192 if jax.default_backend() == "gpu" else 2048
+    side = 8192 if jax.default_backend() == "gpu" else 4096
     matrix = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a: a @ a)
     functions = {

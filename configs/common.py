@@ -34,7 +34,7 @@ def base() -> ConfigDict:
             "label_seed": 0,
             "mask_file": "",
             "augment": "none",
-            "workers": 0,
+            "workers": 0,  # decoding processes; 0: threads, which are faster for photos
             "cache_features": False,  # read the frozen tower's features, not the images
             "cache_dir": "",  # default: WORKDIR/features
             "max_bad_fraction": 0.01,

@@ -12,7 +12,7 @@ def get_config(arg: str = ""):
     config = common.trm_ml(common.openai_clip(common.base(), "RN101"))
     config.data.update({
         "dataset": "manifest", "root": arg, "image_size": 448, "batch_size": 32,
-        "augment": "tai", "workers": 4, "label_protocol": "full", "known_fraction": 1.0,
+        "augment": "tai", "label_protocol": "full", "known_fraction": 1.0,
     })
     config.data.options.update({
         "test": "", "classes": "", "images": "", "unlisted": "unknown",

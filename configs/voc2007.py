@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     """`arg` is the known fraction, 0.1 by default."""
     config = common.trm_ml(common.openai_clip(common.base(), "RN101"))
     config.data.update({
-        "dataset": "voc", "image_size": 448, "batch_size": 128, "augment": "tai", "workers": 8,
+        "dataset": "voc", "image_size": 448, "batch_size": 128, "augment": "tai",
         "known_fraction": float(arg or 0.1),
     })
     config.data.options.update({"year": "2007"})

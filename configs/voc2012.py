@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     """`arg` is the known fraction of labels; "" knows one positive per image, LargeLoss's draw."""
     config = common.trm_ml(common.openai_clip(common.base(), "RN50"))
     config.data.update({
-        "dataset": "voc", "image_size": 448, "batch_size": 128, "augment": "tai", "workers": 8,
+        "dataset": "voc", "image_size": 448, "batch_size": 128, "augment": "tai",
         "label_protocol": "single_positive_largeloss",
     })
     if arg:
