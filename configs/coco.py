@@ -8,11 +8,10 @@ from configs import common
 
 def get_config(arg: str = ""):
     """`arg` is the known fraction, 0.1 by default."""
-    config = common.trm_ml(common.openai_clip(common.base(), "RN101"))
+    config = common.trm_ml(common.openai_clip(common.coco(common.base(), year="2014"), "RN101"))
     config.data.update({
-        "dataset": "coco", "image_size": 448, "batch_size": 128, "augment": "tai",
+        "image_size": 448, "batch_size": 128, "augment": "tai",
         "known_fraction": float(arg or 0.1),
     })
-    config.data.options.update({"year": "2014"})
     config.train.update({"epochs": 40, "eval_every": 641, "checkpoint_every": 641})  # an epoch
     return config

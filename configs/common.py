@@ -164,6 +164,24 @@ def dualcoop(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def coco(config: ConfigDict, *, year: str) -> ConfigDict:
+    """MS-COCO in its official layout, or prepared (launch/prepare.py)."""
+    config.data.dataset = "coco"
+    config.data.options = ConfigDict({
+        "year": year, "keep_empty": False, "allow_empty_classes": False,
+    })
+    return config
+
+
+def voc(config: ConfigDict, *, year: str) -> ConfigDict:
+    """Pascal VOC in the layout of VOCdevkit, or prepared (launch/prepare.py)."""
+    config.data.dataset = "voc"
+    config.data.options = ConfigDict({
+        "year": year, "difficult": "negative", "check_counts": True, "allow_empty_classes": False,
+    })
+    return config
+
+
 def openai_clip(config: ConfigDict, architecture: str) -> ConfigDict:
     """OpenAI's CLIP of that name, weights and all (python -m trm_jax.pretrained lists them)."""
     config.model.update({"architecture": architecture, "pretrained": architecture})

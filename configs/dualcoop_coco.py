@@ -9,10 +9,7 @@ from configs import common
 
 def get_config(arg: str = ""):
     """`arg` is the known fraction, 0.1 by default."""
-    config = common.dualcoop(common.openai_clip(common.base(), "RN101"))
-    config.data.update({
-        "dataset": "coco", "image_size": 448, "known_fraction": float(arg or 0.1),
-    })
-    config.data.options.update({"year": "2014"})
+    config = common.dualcoop(common.openai_clip(common.coco(common.base(), year="2014"), "RN101"))
+    config.data.update({"image_size": 448, "known_fraction": float(arg or 0.1)})
     config.train.update({"eval_every": 2565, "checkpoint_every": 2565})  # an epoch of 82,081 / 32
     return config

@@ -9,11 +9,8 @@ from configs import common
 
 def get_config(arg: str = ""):
     """`arg` is the known fraction, 0.1 by default."""
-    config = common.dualcoop(common.openai_clip(common.base(), "RN101"))
-    config.data.update({
-        "dataset": "voc", "image_size": 448, "known_fraction": float(arg or 0.1),
-    })
-    config.data.options.update({"year": "2007"})
+    config = common.dualcoop(common.openai_clip(common.voc(common.base(), year="2007"), "RN101"))
+    config.data.update({"image_size": 448, "known_fraction": float(arg or 0.1)})
     config.optimizer.learning_rate = 1e-3
     config.train.update({"eval_every": 156, "checkpoint_every": 1560})  # 156: an epoch
     return config

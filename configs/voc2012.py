@@ -11,13 +11,12 @@ from configs import common
 
 def get_config(arg: str = ""):
     """`arg` is the known fraction of labels; "" knows one positive per image, LargeLoss's draw."""
-    config = common.trm_ml(common.openai_clip(common.base(), "RN50"))
+    config = common.trm_ml(common.openai_clip(common.voc(common.base(), year="2012"), "RN50"))
     config.data.update({
-        "dataset": "voc", "image_size": 448, "batch_size": 128, "augment": "tai",
+        "image_size": 448, "batch_size": 128, "augment": "tai",
         "label_protocol": "single_positive_largeloss",
     })
     if arg:
         config.data.update({"label_protocol": "hash", "known_fraction": float(arg)})
-    config.data.options.update({"year": "2012"})
     config.train.update({"epochs": 40, "eval_every": 44, "checkpoint_every": 440})  # 44: an epoch
     return config

@@ -25,6 +25,7 @@ ARGUMENTS = {
     "clip_glyphs": ("", "1", "5,0.1"),
     "lit_flickr8k": ("",),
     "manifest": ("",),
+    "tfds": ("", "coco/2014,0.2"),
     "dualcoop_demo": ("", "own,0.3", "ours"),
     "coco_features": ("", "1", "0.1,dualcoop"),
 }
@@ -130,7 +131,7 @@ def _shrunk(name, photos, monkeypatch):
         config.model.tokenizer = "clip"
     elif config.data.dataset != "glyphs":
         config.data.root = "unused"
-        if config.data.dataset in ("coco", "voc"):
+        if config.data.dataset in ("coco", "voc", "tfds"):
             config.data.dataset = "glyphs"
             config.data.options = type(config)()
         else:
@@ -154,7 +155,7 @@ def test_a_shrunk_copy_trains_two_steps(name, photos, monkeypatch, tmp_path):
         assert 0 <= final["Rsum"] <= 600
 
 
-@pytest.mark.parametrize("name", ["coco", "dualcoop_coco", "voc2007", "voc2012", "manifest"])
+@pytest.mark.parametrize("name", ["coco", "dualcoop_coco", "voc2007", "voc2012", "manifest", "tfds"])
 def test_options_are_those_of_the_dataset(name):
     import inspect
 

@@ -128,3 +128,10 @@ def test_the_format_is_versioned(source, folder, monkeypatch):
     monkeypatch.setattr(feature_cache, "_VERSION", 2)
     with pytest.raises(UserError, match="this version"):
         CachedFeatures(source, folder, MADE_OF)
+
+
+def test_a_place_that_cannot_be_written_is_named(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    batches = pipeline.eval_batches(MultiLabelExamples(source), batch_size=4)
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*file cannot be written"):
+        write_cache(tmp_path / "file" / "cache", batches, _encode, size=7, made_of=MADE_OF)

@@ -70,7 +70,7 @@ def test_rematerialised_prompts_have_the_same_gradient_in_less_memory():
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-8)
-    assert temporary[1] < 0.8 * temporary[0]
+    assert temporary[1] < 0.6 * temporary[0]
 
 
 @pytest.mark.parametrize("devices", [4, 8])  # ten prompts: neither divides them

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,14 +125,20 @@ def write_cache(
       made_of: names of what the features depend on, each with its hash.
 
     Raises:
-      UserError: the disk is too small.
+      UserError: the place cannot be written, or the disk is too small.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {folder.parent} cannot be written ({error.strerror}); choose another"
+        ) from error
     try:
         meta = _write_records(temporary, batches, encode, size)
         meta |= {"version": _VERSION, "count": size, "made_of": dict(made_of)}
         (temporary / _META).write_text(json.dumps(meta, indent=1) + "\n")
+        temporary.chmod(0o755)  # others may share the cache
         os.rename(temporary, folder)
     except OSError:
         if not folder.is_dir():  # else another run finished the same cache first

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from trm_jax.data import partial_labels, pipeline, sources
 from trm_jax.data.examples import MultiLabelExamples
@@ -144,7 +145,9 @@ def cached(
         if not folder.is_dir():
             examples = MultiLabelExamples(source, None, transform(config.data, train=False))
             batches = pipeline.eval_batches(examples, batch_size=size, workers=config.data.workers)
-            write_cache(folder, batches, encode, size=len(source), made_of=hashes)
+            print(f"computing the features of {len(source):,} images once, into {folder}")
+            shown = tqdm(batches, total=-(-len(source) // size), disable=None, desc="features")
+            write_cache(folder, shown, encode, size=len(source), made_of=hashes)
         both.append(CachedFeatures(source, folder, hashes))
     return both[0], both[1]
 

@@ -7,12 +7,13 @@ the longest EOS of the batch instead of the full context length.
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from trm_jax.models import AnyArray
 from trm_jax.models.clip.transformer import Block, layer_norm
-from trm_jax.types import UserError
+from trm_jax.types import PyTree, UserError
 
 
 class TextTower(nn.Module):
@@ -23,7 +24,7 @@ class TextTower(nn.Module):
       vocab_size, context_length, width, heads, layers, activation: as in CLIP.
       eos_id: the token whose first position is read out.
       dtype: of the compute.
-      remat: rematerialise every block in the backward pass.
+      remat: keep only the inputs of the blocks for the backward pass, and recompute the rest.
     """
 
     embed_dim: int
@@ -45,9 +46,8 @@ class TextTower(nn.Module):
         self.positional_embedding = self.param(
             "positional_embedding", normal(0.01), (self.context_length, self.width)
         )
-        block = nn.remat(Block) if self.remat else Block
         self.resblocks = [
-            block(
+            Block(
                 self.width,
                 self.heads,
                 self.layers,
@@ -82,11 +82,33 @@ class TextTower(nn.Module):
             )
         x = jnp.asarray(embeddings + self.positional_embedding[:length][None], self.dtype)
         causal = jnp.tril(jnp.ones((length, length), bool))
-        for block in self.resblocks[:-1]:
-            x = block(x, causal[None])
+        if self.remat and not self.is_initializing():
+            x = self._scan_blocks(x, causal[None])
+        else:
+            for block in self.resblocks[:-1]:
+                x = block(x, causal[None])
         x = self.resblocks[-1].read(x, eos, causal[eos])
         x = self.ln_final(x).astype(self.dtype)
         return (x @ self.text_projection.astype(self.dtype)).astype(jnp.float32)
+
+    def _scan_blocks(self, x: Array, mask: Array) -> Array:
+        """All blocks but the last, one after the other, each recomputed in the backward pass.
+
+        A loop, since a compiler that sees twelve blocks in a row may recompute all of them before
+        it uses the first, and so keep what rematerialisation should free.
+        """
+        blocks = self.resblocks[:-1]
+        if not blocks:
+            return x
+        weights = [block.variables["params"] for block in blocks]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+        block = blocks[0].clone(parent=None, name=None)
+
+        def step(x: Array, params: PyTree) -> tuple[Array, None]:
+            return jnp.asarray(block.apply({"params": params}, x, mask)), None
+
+        # Inside a loop nothing can be merged with the forward pass.
+        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), x, stacked)[0]
 
     def __call__(self, tokens: Int[AnyArray, "n T"]) -> Float[Array, "n d"]:
         """Text features of token ids at the first EOS (the last position if there is none)."""
