@@ -9,7 +9,8 @@ the towers run in bfloat16, the peer under torch.compile and autocast.
 
 The peer is a plain DualCoOp step written in PyTorch (torch_dualcoop.py) with the same weights and
 batch: at 77 tokens a prompt, as its authors' program pads them, and at as many as ours. Sides are
-timed in turn, each in a process of its own; ratios are medians over the rounds.
+timed in turn, each in a process of its own and behind a call that does not count, in another order
+in every round; ratios are medians over the rounds.
 """
 
 import json
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# The sides share a GPU: none may take it all.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import flags  # noqa: E402
 
@@ -53,17 +57,27 @@ _RESULTS = flags.DEFINE_string("results", str(RESULTS), "The results file")
 def main(arguments: list[str]) -> None:
     """Measures the jobs one after the other."""
     cli.no_arguments(arguments)
-    for job in _JOBS.value.split(","):
-        arch, _, rest = job.partition(":")
-        size, _, batch = rest.partition(":")
-        if arch not in registry.ARCHITECTURES or not (size.isdigit() and batch.isdigit()):
-            raise UserError(f"--jobs: {job!r} is not ARCHITECTURE:IMAGE_SIZE:BATCH")
+    for arch, size, batch in [parse(job) for job in _JOBS.value.split(",")]:
         with tempfile.TemporaryDirectory() as folder:
             weights = workers.random_weights(arch, Path(folder) / "weights.safetensors")
-            setting = workers.Setting(arch, int(size), int(batch), str(weights), workers.COCO_NAMES)
+            setting = workers.Setting(arch, size, batch, str(weights), workers.COCO_NAMES)
             started = time.time()
             rows, facts = measure(setting, _ROUNDS.value, _DATA.value, Path(folder))
         write(Path(_RESULTS.value), rows, facts, time.time() - started)
+
+
+def parse(job: str) -> tuple[str, int, int]:
+    """ARCHITECTURE:IMAGE_SIZE:BATCH; the peer has a ResNet only."""
+    arch, _, rest = job.partition(":")
+    size, _, batch = rest.partition(":")
+    known = [n for n, c in registry.ARCHITECTURES.items() if c["image"]["kind"] == "resnet"]
+    if arch not in known or not (size.isdigit() and batch.isdigit()):
+        raise UserError(
+            f"--jobs: {job!r} is not ARCHITECTURE:IMAGE_SIZE:BATCH with one of {', '.join(known)}"
+        )
+    if int(size) % 32 or not int(size) or not int(batch):
+        raise UserError(f"--jobs: {job!r}: the image size must be a multiple of 32")
+    return arch, int(size), int(batch)
 
 
 def measure(
@@ -80,9 +94,11 @@ def measure(
     }
     opened = {name: workers.Worker(build, argument) for name, (build, argument, _) in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, (_, _, function) in sides.items():
-            seconds[name].append(opened[name].seconds(function))
+    names = list(sides)
+    for number in range(rounds):
+        for name in (*names[number % len(names) :], *names[: number % len(names)]):
+            opened[name].seconds(sides[name][2])  # caches and pages are another side's by now
+            seconds[name].append(opened[name].seconds(sides[name][2]))
     facts = {name: worker.facts | worker.close() for name, worker in opened.items()}
     rows = []
     for name, values in seconds.items():
@@ -96,6 +112,8 @@ def measure(
         else:
             rows.append(row)
         rows.append(_row(name, condition, "peak_mb", [facts[name]["peak_mb"]], "MB"))
+        if "program_mb" in facts[name]:
+            rows.append(_row(name, condition, "program_mb", [facts[name]["program_mb"]], "MB"))
     parts, more = _parts(setting, condition, seconds, rounds)
     facts["parts"] = more
     rows += parts
@@ -130,7 +148,8 @@ def _parts(setting, condition: Mapping[str, Any], seconds, rounds: int):
 
 
 def _input_rows(setting, condition, data: str, folder: Path, parts) -> list[dict[str, Any]]:
-    """Seconds a batch takes to be decoded, augmented and read from a feature cache, one thread."""
+    """Seconds a batch takes to be decoded and augmented (one thread), and to be read from a feature
+    cache by the pipeline (from memory: the files have just been written)."""
     photos = open_source("coco", "test", root=str(Path(data) / "coco_subset"), keep_empty=True)
     count, rng = len(photos), np.random.default_rng(0)
     started = time.perf_counter()
@@ -186,21 +205,29 @@ def write(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any], seconds
     """Replaces the job's rows in the results file, and writes the table beside it."""
     import jax
 
+    words = [word for word in sys.argv[1:] if not word.startswith(("--data", "--results"))]
     before = workdirs.read_json(path)
     job = json.dumps(rows[0]["condition"])
     kept = [r for r in before.get("rows", []) if json.dumps(r["condition"]) != job]
     programs = {**before.get("programs", {}), job: facts}
     body = {
         "name": "step_trm_ml",
-        "command": "python benchmarks/step_trm_ml.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python benchmarks/step_trm_ml.py --data=FOLDER", *words]),
         "device": harness.device_name(jax.devices()[0].device_kind),
         "cores": os.cpu_count(),
         "seconds": round(seconds + (before.get("seconds", 0) if kept else 0), 1),
         "rows": kept + rows,
         "programs": programs,
     }
-    harness.write_results(path, body)
+    harness.write_results(path, body | {"torch": _torch_version()})
     path.with_suffix(".md").write_text(table(body["rows"]))
+
+
+def _torch_version() -> str | None:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

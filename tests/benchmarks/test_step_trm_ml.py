@@ -16,7 +16,7 @@ from trm_jax.methods import dualcoop, frozen_clip
 from trm_jax.models import prompts
 from trm_jax.models.clip import towers
 from trm_jax.pretrained import convert, registry
-from trm_jax.types import ArraySpec, DataInfo
+from trm_jax.types import ArraySpec, DataInfo, UserError
 
 SETTING = step_trm_ml_workers.Setting("RN50", 224, 30, "weights", ("dog", "hair drier"))
 
@@ -138,3 +138,15 @@ def test_random_weights_are_an_openclip_file_of_the_architecture(tmp_path, monke
     variables = registry.load(path, towers.validate(small))
     assert variables is not None
     assert convert.to_openclip(variables)["visual.layer1.0.conv2.weight"].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    "job", ["RN50:224", "ViT-B/16:224:8", "RN50:225:8", "RN5:224:8", "RN50:a:8"]
+)
+def test_a_job_that_cannot_be_run_is_refused_at_once(job):
+    with pytest.raises(UserError, match="--jobs: "):
+        step_trm_ml.parse(job)
+
+
+def test_a_job_is_read():
+    assert step_trm_ml.parse("RN101:448:128") == ("RN101", 448, 128)

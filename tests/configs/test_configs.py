@@ -155,7 +155,9 @@ def test_a_shrunk_copy_trains_two_steps(name, photos, monkeypatch, tmp_path):
         assert 0 <= final["Rsum"] <= 600
 
 
-@pytest.mark.parametrize("name", ["coco", "dualcoop_coco", "voc2007", "voc2012", "manifest", "tfds"])
+@pytest.mark.parametrize(
+    "name", ["coco", "dualcoop_coco", "voc2007", "voc2012", "manifest", "tfds"]
+)
 def test_options_are_those_of_the_dataset(name):
     import inspect
 
@@ -235,5 +237,5 @@ def test_batches_of_every_kind_keep_the_frozen_towers_out_of_the_gradient(tmp_pa
 def test_the_cudnn_kernel_is_refused_without_a_gpu(tmp_path):
     config = tiny.trm_ml(cached=False)
     config.model.clip.attention = "cudnn"
-    with pytest.raises(UserError, match="needs an NVIDIA GPU .* this is cpu with float32"):
+    with pytest.raises(UserError, match="for a ViT on an NVIDIA GPU .* a resnet on cpu"):
         tiny.build(config, tmp_path)

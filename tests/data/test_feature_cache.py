@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import threading
 from collections import namedtuple
 
 import jax.numpy as jnp
@@ -96,12 +97,48 @@ def test_a_full_disk_is_told_before_it_happens(source, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_of_two_runs_wins(source, folder):
-    before = (folder / "features.array_record").read_bytes()
-    batches = pipeline.eval_batches(MultiLabelExamples(source), batch_size=2)
-    write_cache(folder, batches, _encode, size=7, made_of={"encoder": "later", "data": "d"})
-    assert (folder / "features.array_record").read_bytes() == before
+def test_a_finished_cache_is_not_made_again(source, folder):
+    def batches():
+        raise AssertionError("is not asked")
+        yield
+
+    write_cache(folder, batches(), _encode, size=7, made_of={"encoder": "later", "data": "d"})
     CachedFeatures(source, folder, MADE_OF)
+
+
+def test_a_second_run_waits_for_the_first(source, tmp_path):
+    waits, entered, go_on = [], threading.Event(), threading.Event()
+
+    def slow():
+        entered.set()
+        go_on.wait(30)
+        yield from pipeline.eval_batches(MultiLabelExamples(source), batch_size=4)
+
+    def first():
+        write_cache(tmp_path / "cache", slow(), _encode, size=7, made_of=MADE_OF)
+
+    def tick():
+        waits.append(1)
+        go_on.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(30)
+    write_cache(tmp_path / "cache", iter(()), _encode, size=7, made_of=MADE_OF, tick=tick)
+    thread.join()
+    assert waits
+    CachedFeatures(source, tmp_path / "cache", MADE_OF).read(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_what_a_killed_run_left_is_cleared(source, tmp_path):
+    left = tmp_path / ".cache.incomplete"
+    left.mkdir()
+    (left / "features.array_record").write_bytes(b"half")
+    batches = pipeline.eval_batches(MultiLabelExamples(source), batch_size=4)
+    write_cache(tmp_path / "cache", batches, _encode, size=7, made_of=MADE_OF)
+    CachedFeatures(source, tmp_path / "cache", MADE_OF).read(6)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_the_key_changes_with_images_and_settings():

@@ -9,6 +9,7 @@ sample that could not be read, and pads the last batch of an evaluation (then wi
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 
 from trm_jax.data.sources.base import Source
@@ -18,7 +19,6 @@ from trm_jax.types import BadSampleError, UserError
 Sample = dict[str, np.ndarray]
 Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
-# Precomputed inputs are stored in half precision and enter the device in single.
 _ARRAY_INPUTS = ("features", "dense", "global_embedding")
 
 
@@ -50,7 +50,7 @@ class _Inputs:
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         raw = self.source.read(index)
-        sample = {name: np.asarray(raw[name], np.float32) for name in _ARRAY_INPUTS if name in raw}
+        sample = {name: _entered(raw[name]) for name in _ARRAY_INPUTS if name in raw}
         if "image" in raw:
             sample["image"] = self._view(raw["image"], rng)
             if self.views == 2:
@@ -74,6 +74,11 @@ class _Inputs:
 
     def _view(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return image if self.transform is None else self.transform(image, rng)
+
+
+def _entered(array: np.ndarray) -> np.ndarray:
+    """Features as they enter the device: bfloat16 as it is, others in single precision."""
+    return np.asarray(array, array.dtype if array.dtype == ml_dtypes.bfloat16 else np.float32)
 
 
 def _mark(sample: Sample, index: int, *, valid: bool) -> Sample:

@@ -2,15 +2,18 @@
 
 A cache is a folder of two files: `features.array_record`, one record an example in the order of the
 source, and `meta.json`, which says what the records are and what they were made of. It holds what
-the tower gives in its compute dtype, so training from it sees the same numbers.
+the tower gives in its compute dtype, so training from it sees the same numbers, but for the
+rounding of a tower that was compiled for other batches.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +116,10 @@ def write_cache(
     *,
     size: int,
     made_of: Mapping[str, str],
+    tick: Callable[[], None] = lambda: None,
 ) -> None:
     """Encodes every example once and moves the finished folder into place, so that a killed
-    run leaves no half-written cache.
+    run leaves no half-written cache. A second run that wants the same cache waits for the first.
 
     Args:
       folder: where the cache will lie.
@@ -123,31 +127,59 @@ def write_cache(
       encode: batch -> {"dense" [n, hw, d], "global_embedding" [n, d]}.
       size: N, the number of examples.
       made_of: names of what the features depend on, each with its hash.
+      tick: called before each batch and while waiting; what it raises ends the work.
 
     Raises:
       UserError: the place cannot be written, or the disk is too small.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir: {folder.parent} cannot be written ({error.strerror}); choose another"
-        ) from error
-    try:
-        meta = _write_records(temporary, batches, encode, size)
+    with _workspace(folder, tick) as workspace:
+        if workspace is None:
+            return
+        meta = _write_records(workspace, batches, encode, size, tick)
         meta |= {"version": _VERSION, "count": size, "made_of": dict(made_of)}
-        (temporary / _META).write_text(json.dumps(meta, indent=1) + "\n")
-        temporary.chmod(0o755)  # others may share the cache
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():  # else another run finished the same cache first
-            raise
+        (workspace / _META).write_text(json.dumps(meta, indent=1) + "\n")
+        os.rename(workspace, folder)
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path, tick: Callable[[], None]) -> Iterator[Path | None]:
+    """An empty folder beside `folder` for this process alone; None once another made the cache."""
+    workspace = folder.with_name(f".{folder.name}.incomplete")
+    while True:
+        try:
+            workspace.mkdir(parents=True, exist_ok=True)
+            lock = os.open(workspace, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir: {folder.parent} cannot be written ({error.strerror}); choose "
+                "another"
+            ) from error
+        try:
+            # The system gives the lock back when a process dies, however that happens.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if workspace.is_dir() and os.path.samestat(os.fstat(lock), os.stat(workspace)):
+                break
+            os.close(lock)  # of a folder that its owner has moved or removed meanwhile
+        except BlockingIOError:
+            os.close(lock)
+            tick()
+            time.sleep(0.2)
+        if folder.is_dir():
+            yield None
+            return
+    try:
+        if folder.is_dir():
+            yield None
+            return
+        for path in workspace.iterdir():  # what a killed run left
+            path.unlink()
+        yield workspace
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(workspace, ignore_errors=True)
+        os.close(lock)
 
 
-def _write_records(folder: Path, batches, encode, size: int) -> dict[str, Any]:
+def _write_records(folder: Path, batches, encode, size: int, tick) -> dict[str, Any]:
     """Writes the records; returns the layout and the rows that could not be read."""
     arrays: dict[str, tuple[tuple[int, ...], str]] = {}
     bad: list[int] = []
@@ -155,6 +187,7 @@ def _write_records(folder: Path, batches, encode, size: int) -> dict[str, Any]:
     writer = ArrayRecordWriter(str(folder / _RECORDS), "group_size:1,uncompressed")
     try:
         for batch in batches:
+            tick()
             features = {name: np.asarray(array) for name, array in encode(batch).items()}
             if not arrays:
                 arrays = {k: (v.shape[1:], str(v.dtype)) for k, v in features.items()}

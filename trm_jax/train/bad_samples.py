@@ -1,4 +1,4 @@
-"""Unreadable training samples: counted, named, and too many of them are an error."""
+"""Unreadable samples: counted, named, and too many of them are an error."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,16 @@ from trm_jax.types import Batch, UserError
 
 
 class BadSamples:
-    """The training samples that came as blanks (valid=False) so far, by position in the data.
+    """The samples of a split that came as blanks (valid=False) so far, by position in the data.
 
     Args:
-      num_train: samples of the training set.
+      total: samples of the split.
       max_fraction: share of them that may be unreadable.
       name_of: position -> the id that users know.
     """
 
-    def __init__(self, num_train: int, max_fraction: float, name_of: Callable[[int], str]):
-        self._num_train, self._max_fraction, self._name_of = num_train, max_fraction, name_of
+    def __init__(self, total: int, max_fraction: float, name_of: Callable[[int], str]):
+        self._total, self._max_fraction, self._name_of = total, max_fraction, name_of
         self._positions: set[int] = set()
 
     def count(self, batch: Batch) -> None:
@@ -26,9 +26,9 @@ class BadSamples:
         if valid.all():
             return
         self._positions.update(int(i) for i in np.asarray(batch["index"])[~valid])
-        if len(self._positions) > self._max_fraction * self._num_train:
+        if len(self._positions) > self._max_fraction * self._total:
             raise UserError(
-                f"{len(self._positions)} of {self._num_train} training samples are unreadable, "
+                f"{len(self._positions)} of {self._total} samples are unreadable, "
                 f"more than data.max_bad_fraction={self._max_fraction}: "
                 f"{', '.join(self.names()[:8])}"
             )

@@ -15,7 +15,12 @@ from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.subset import Subset, hold_out
 from trm_jax.data.transforms import ImageTransform, image_transform
 from trm_jax.train import checkpoints, sharding
+from trm_jax.train.bad_samples import BadSamples
+from trm_jax.train.preemption import Preempted, StopRequest
 from trm_jax.types import ArraySpec, BadSampleError, BatchSpec, Method, PyTree, UserError
+
+# Options of sources that choose labels, not pixels.
+_LABEL_OPTIONS = ("difficult", "check_counts", "allow_empty_classes", "unlisted", "classes")
 
 
 def open_data(data: ConfigDict) -> tuple[Source, Source, str]:
@@ -29,6 +34,8 @@ def open_data(data: ConfigDict) -> tuple[Source, Source, str]:
     train = sources.open_source(data.dataset, "train", root=data.root, **options)
     if data.dataset != "glyphs" and 0 < data.train_size < len(train):
         train = Subset(train, range(data.train_size))
+    if data.label_protocol == "single_positive_largeloss":
+        train = _largeloss_train(train)
     if data.holdout:
         if not 0.0 < data.holdout < 1.0:
             raise UserError(f"data.holdout={data.holdout} must be in (0, 1), or 0 for the test set")
@@ -41,7 +48,12 @@ def open_data(data: ConfigDict) -> tuple[Source, Source, str]:
 
 
 def observed_labels(data: ConfigDict, train: Source) -> np.ndarray:
-    """int8 [N, C] in {-1, 0, +1}: what the config's label protocol shows of the training labels."""
+    """int8 [N, C] in {-1, 0, +1}: what the config's label protocol shows of the training labels.
+
+    Masks are drawn over the whole split, so that a part of it sees the same labels.
+    """
+    if isinstance(train, Subset):
+        return observed_labels(data, train.source)[train.indices]
     return partial_labels.observe_source(
         train,
         protocol=data.label_protocol,
@@ -65,7 +77,7 @@ def input_spec(
         raise UserError("not one example of the data can be read; check data.root")
     if "dense" in sample:
         names = ("dense", "global_embedding")
-        spec = {n: ArraySpec((None, *np.shape(sample[n])), np.float32) for n in names}
+        spec = {n: ArraySpec((None, *np.shape(sample[n])), sample[n].dtype) for n in names}
         return spec, _square(len(sample["dense"]))
     if "features" in sample:
         return feature_spec(np.shape(sample["features"]), clip)
@@ -127,29 +139,65 @@ def cached(
             f"data.cache_features needs data.augment='none', not {config.data.augment!r}: cached "
             "features cannot be augmented"
         )
+    if "dense" not in method.specs:
+        raise UserError(
+            f"data.cache_features: method={config.method} trains its image side, there is nothing "
+            "to cache; set data.cache_features=False"
+        )
     encode, size = _encoder(method, params, config.evaluate.batch_size)
     random = config.model.pretrained == "random"
-    made_of = {"encoder": checkpoints.weights_hash(jax.device_get(params["clip"]))}
-    both = []
-    for source in of:
-        key = cache_key(
-            source,
-            dataset=config.data.dataset,
-            options=config.data.options.to_dict(),
-            image_size=config.data.image_size,
-            clip=clip,
-            pretrained=f"random {config.seed}" if random else config.model.pretrained,
-            compute=str(dtype),
-        )
-        folder, hashes = cache_dir / key, {**made_of, "data": data_hash(source)}
+    settings = {
+        "dataset": config.data.dataset,
+        "options": {k: v for k, v in config.data.options.items() if k not in _LABEL_OPTIONS},
+        "image_size": config.data.image_size,
+        "clip": clip,
+        "pretrained": f"random {config.seed}" if random else config.model.pretrained,
+        "compute": str(dtype),
+    }
+    encoder = checkpoints.weights_hash(jax.device_get(params["clip"]))
+
+    def one(source: Source) -> CachedFeatures:
+        folder = cache_dir / cache_key(source, kind=type(source).__name__, **settings)
+        made_of = {"encoder": encoder, "data": data_hash(source)}
         if not folder.is_dir():
-            examples = MultiLabelExamples(source, None, transform(config.data, train=False))
-            batches = pipeline.eval_batches(examples, batch_size=size, workers=config.data.workers)
-            print(f"computing the features of {len(source):,} images once, into {folder}")
-            shown = tqdm(batches, total=-(-len(source) // size), disable=None, desc="features")
-            write_cache(folder, shown, encode, size=len(source), made_of=hashes)
-        both.append(CachedFeatures(source, folder, hashes))
-    return both[0], both[1]
+            _compute(source, folder, made_of, encode, size, config.data)
+        return CachedFeatures(source, folder, made_of)
+
+    train, test = of
+    if isinstance(train, Subset) and isinstance(test, Subset) and train.source is test.source:
+        whole = one(train.source)  # a hold-out and what it was taken from
+        return Subset(whole, train.indices), Subset(whole, test.indices)
+    return one(train), one(test)
+
+
+def _compute(source: Source, folder: Path, made_of, encode, size: int, data: ConfigDict) -> None:
+    """Writes the cache of one split; a signal or too many unreadable images leave none."""
+    examples = MultiLabelExamples(source, None, transform(data, train=False))
+    batches = pipeline.eval_batches(examples, batch_size=size, workers=data.workers)
+    shown = tqdm(batches, total=-(-len(source) // size), disable=None, desc="features")
+    bad = BadSamples(len(source), data.max_bad_fraction, lambda index: str(source.ids[index]))
+
+    def counted():
+        for batch in shown:
+            real = batch["index"] >= 0
+            bad.count({name: batch[name][real] for name in ("index", "valid")})
+            yield batch
+
+    print(f"computing the features of {len(source):,} images once, into {folder}")
+    with StopRequest() as stop:
+
+        def tick() -> None:
+            if stop.requested:
+                raise Preempted("stopped while features were computed; start again to compute them")
+
+        write_cache(folder, counted(), encode, size=len(source), made_of=made_of, tick=tick)
+
+
+def _largeloss_train(train: Source) -> Subset:
+    """The 80 % that LargeLoss trains on; the rest chooses its settings."""
+    order = np.argsort(np.asarray([str(name) for name in train.ids]), kind="stable")
+    kept, _ = partial_labels.largeloss_split(len(train))
+    return Subset(train, np.sort(order[kept]))
 
 
 def _encoder(method: Method, params: PyTree, batch_size: int):

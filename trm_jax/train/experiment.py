@@ -57,7 +57,7 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     train, test, eval_split = datasets.open_data(config.data)
     tokenizer = _tokenizer(config.model, train)
     clip = resolve_clip(config.model, tokenizer)
-    _check_attention(clip["attention"], compute_dtype(config.precision.compute))
+    _check_attention(clip, compute_dtype(config.precision.compute))
     weights = registry.load(config.model.pretrained, clip)
     observed = None
     if train.class_names and config.method != "contrastive":
@@ -136,11 +136,14 @@ def _call(function: Callable, section: str, **arguments):
         raise UserError(f"{section}: {str(error).split('() ')[-1]}") from None
 
 
-def _check_attention(kernel: str, dtype: np.dtype) -> None:
-    if kernel == "cudnn" and not (jax.default_backend() == "gpu" and dtype == jnp.bfloat16):
+def _check_attention(clip: dict[str, Any], dtype: np.dtype) -> None:
+    if clip["attention"] != "cudnn":
+        return
+    kind, backend = clip["image"]["kind"], jax.default_backend()
+    if not (kind == "vit" and backend == "gpu" and dtype == jnp.bfloat16):
         raise UserError(
-            "model.clip.attention='cudnn' needs an NVIDIA GPU and precision.compute=bfloat16; this "
-            f"is {jax.default_backend()} with {dtype}: use 'xla'"
+            "model.clip.attention='cudnn' is for a ViT on an NVIDIA GPU with bfloat16; this is a "
+            f"{kind} on {backend} with {dtype}: use 'xla'"
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from trm_jax.data.feature_cache import CachedFeatures
 from trm_jax.data.sources.base import Source
+from trm_jax.data.sources.subset import Subset
 from trm_jax.train import predictor
 from trm_jax.types import BadSampleError
 from trm_jax.visualize.regions import render_heatmaps
@@ -26,6 +27,8 @@ def write(folder: Path, source: Source, count: int) -> list[Path]:
     """
     if isinstance(source, CachedFeatures):
         source = source.source
+    elif isinstance(source, Subset) and isinstance(source.source, CachedFeatures):
+        source = Subset(source.source.source, source.indices)
     chosen = list(itertools.islice(_images(source), count))
     if not chosen:
         return []

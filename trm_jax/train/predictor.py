@@ -79,7 +79,8 @@ def load(workdir: str | Path, features: np.ndarray | None = None) -> Predictor:
     config = workdirs.read_config(folder)
     saved = workdirs.read_json(folder / "vocabulary.json")
     tokenizer = tokenizers.from_config(saved["tokenizer"])
-    clip = towers.validate(saved["clip"])
+    # Prediction needs no kernel of a certain device.
+    clip: dict[str, Any] = {**towers.validate(saved["clip"]), "attention": "xla"}
     names = tuple(saved["class_names"])
     if clip["image"]["kind"] != "features":
         inputs, grid = datasets.image_spec(clip, config.data.image_size)

@@ -14,6 +14,7 @@ from trm_jax.pretrained import registry
 from trm_jax.train import experiment, metrics, pictures, sharding, workdirs
 from trm_jax.train.experiment import Experiment
 from trm_jax.train.loop import Run
+from trm_jax.types import UserError
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml_collections")
 
@@ -40,6 +41,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     workdirs.claim(folder, config, built)
     step = int(state.step)
     report = _report(config, built, run, mesh, folder)
+    if run.resumed_from is not None:
+        _check_resumed(folder, report)
     _announce(report, step, built.job.total_steps)
     writer = metrics.MetricsWriter(
         folder, step=step, total_steps=built.job.total_steps, active=jax.process_index() == 0
@@ -109,6 +112,21 @@ def _report(config: ConfigDict, built: Experiment, run: Run, mesh, folder: Path)
         "seconds_before": before.get("wall_seconds", 0.0),
         "skipped_before": before.get("skipped_samples", []),
     }
+
+
+def _check_resumed(folder: Path, report: dict[str, Any]) -> None:
+    """Raises UserError if weights or data are not those that the run began with."""
+    before = workdirs.read_json(folder / "run.json")
+    fields = {"label_mask_sha256": "data.root", "dataset": "data.root"}
+    if report["pretrained"]:  # random towers are drawn anew; the run's own are on its disk
+        fields["frozen_sha256"] = "model.pretrained"
+    for field, source in fields.items():
+        old, new = before.get(field), report[field]
+        if old and new and old != new:
+            raise UserError(
+                f"{folder} was started with another {field} than what {source} gives now; restore "
+                "what it was started with or choose another --workdir"
+            )
 
 
 def _announce(report: dict[str, Any], step: int, total: int) -> None:

@@ -17,6 +17,7 @@ _MAY_DIFFER = (
     "data.root",
     "data.cache_dir",
     "prompts.remat",
+    "model.clip.attention",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def open_source(dataset: str, split: str, *, root: str = "", **options) -> Sourc
             raise UserError(f"dataset '{dataset}' has no option '{name}'; it has {known}")
     if dataset != "glyphs" and not root:
         raise UserError(f"data.root is empty; dataset '{dataset}' needs the place of its files")
-    return opener(root, split, **options)
+    return opener(os.path.expanduser(root), split, **options)
 
 
 def _open_glyphs(

@@ -4,6 +4,7 @@ Features are [N, r, D] (regions) or [N, h, w, D] (a grid, read as r = h*w region
 an npy or npz file, half or single precision, with the image ids beside them.
 """
 
+import hashlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from trm_jax.types import UserError
 
 # Rows whose finiteness is checked at a time: bounds the memory on a file larger than the RAM.
 _CHECKED_ROWS = 512
+_BLOCK = 1 << 16  # bytes
 
 
 class FeatureArray:
@@ -39,6 +41,16 @@ class FeatureArray:
     def __getitem__(self, row: int) -> np.ndarray:
         features = self._open()[row]
         return np.asarray(features).reshape(-1, features.shape[-1])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the file's size and of 64 blocks spread over it."""
+        size = self._path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with self._path.open("rb") as file:
+            for block in range(64):
+                file.seek(max(0, size - _BLOCK) * block // 63)
+                digest.update(file.read(_BLOCK))
+        return digest.hexdigest()
 
     def __getstate__(self) -> dict:
         # Workers open the file for themselves: a pickled copy would be the whole array.
@@ -127,6 +139,10 @@ class LabelledFeatures:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def fingerprint(self) -> str:
+        """Changes with the features."""
+        return self._features.fingerprint()
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """{"features": [r, D]} in the precision of the file."""
