@@ -2,6 +2,9 @@
 
 from ml_collections import ConfigDict, config_dict
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 def base() -> ConfigDict:
     """Every field a run may have, with the defaults of the paper's recipe where it has one."""
@@ -34,7 +37,7 @@ def base() -> ConfigDict:
             "label_seed": 0,
             "mask_file": "",
             "augment": "none",
-            "workers": 0,  # decoding processes; 0: threads, which are faster for photos
+            "workers": 0,  # decoding processes; 0: threads
             "cache_features": False,  # read the frozen tower's features, not the images
             "cache_dir": "",  # default: WORKDIR/features
             "max_bad_fraction": 0.01,
@@ -186,7 +189,10 @@ def openai_clip(config: ConfigDict, architecture: str) -> ConfigDict:
     """OpenAI's CLIP of that name, weights and all (python -m trm_jax.pretrained lists them)."""
     config.model.update({"architecture": architecture, "pretrained": architecture})
     # "cudnn" may be faster for a ViT at high resolution on an NVIDIA GPU.
-    config.model.clip = ConfigDict({"dense_pos_embed": False, "attention": "xla"})
+    config.model.clip = ConfigDict({
+        "dense_pos_embed": False, "attention": "xla",
+        "image": {"mean": CLIP_MEAN, "std": CLIP_STD},
+    })
     return config
 
 

@@ -34,7 +34,11 @@ def _rows(report):
 def test_the_table_lists_every_architecture_once_in_aligned_columns(capsys):
     code, out, _ = _run(capsys)
     assert code == 0
-    header, *lines = out.splitlines()
+    header, *lines, last = out.splitlines()
+    assert last == (
+        "with -gelu at its end, as in ViT-B/32-gelu, a name means the same towers with GELU in "
+        "place of QuickGELU"
+    )
     assert [line.split()[0] for line in lines] == list(architectures.ARCHITECTURES)
     where = header.index("hub repository")
     assert all(line[where - 2 : where] == "  " and line[where] == "t" for line in lines)

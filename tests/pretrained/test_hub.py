@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+from tests import tiny
 from tests.oracles.random_variables import random_variables
 from tests.pretrained import checkpoints
 from trm_jax.pretrained import architectures, convert, registry
@@ -39,7 +40,7 @@ def _publish(monkeypatch, **changed):
 def _cached(root, repository, name, content, commit=COMMIT):
     folder = root / f"models--{repository.replace('/', '--')}"
     for part in ("refs", "blobs", f"snapshots/{commit}"):
-        (folder / part).mkdir(parents=True)
+        (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "refs/main").write_text(commit)
     path = folder / f"snapshots/{commit}/{name}"
     path.write_bytes(content)
@@ -102,6 +103,102 @@ def test_repositories_of_transformers_are_found_in_the_cache(cache):
     _assert_loads("openai/clip-vit-base-patch32", expected)
 
 
+def _said(source, config=CONFIG):
+    said = []
+    registry.load(source, config, say=said.append)
+    return said
+
+
+def test_an_unpinned_commit_is_said_and_can_be_pinned(cache, monkeypatch):
+    repository, content = "timm/resnet101_clip.openai", _openclip_bytes()
+    path = _cached(cache, repository, "open_clip_model.safetensors", content)
+    pin = f"give model.pretrained={repository}@{COMMIT} to pin it"
+    assert _said("RN101") == [
+        f"note: RN101 comes from {repository} at commit {COMMIT}; no commit is listed, {pin}"
+    ]
+    assert _said(repository) == [
+        f"note: {repository} is at commit {COMMIT}; no commit is listed, {pin}"
+    ]
+    assert _said(f"{repository}@{COMMIT}") == _said(f"{repository}@main") == _said(path) == []
+    _publish(monkeypatch, revision=COMMIT, sha256=hashlib.sha256(content).hexdigest())
+    assert _said("RN101") == []
+
+
+def test_the_config_file_of_a_repository_is_fetched_from_the_commit_of_its_weights(cache):
+    repository, file = "owner/clip", "open_clip_model.safetensors"
+    _cached(cache, repository, file, _openclip_bytes())
+    pinned = (
+        f"note: {repository} is at commit {COMMIT}; no commit is given, give "
+        f"model.pretrained={repository}@{COMMIT} to pin it"
+    )
+    first, second = _said(repository)
+    assert first == pinned and second.startswith("note: no config file beside ")
+    _cached(cache, repository, "open_clip_config.json", b'{"model_cfg": {"quick_gelu": true}}')
+    assert _said(repository) == [pinned]
+    assert _said(f"{repository}@{COMMIT}") == []
+    _cached(cache, repository, "open_clip_config.json", b'{"model_cfg": {"embed_dim": 6}}')
+    with pytest.raises(UserError, match="text.activation gelu, not quick_gelu .says open_clip_con"):
+        registry.load(repository, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "file, beside",
+    [
+        ("open_clip_pytorch_model.bin", ["open_clip_config.json"]),
+        ("model.safetensors", ["config.json", "preprocessor_config.json"]),
+    ],
+)
+def test_what_is_asked_of_the_hub_beside_the_weights(tmp_path, monkeypatch, file, beside):
+    path = _cached(tmp_path, "owner/clip", file, b"weights")
+    asked = []
+
+    def download(repository, name, *, revision, local_files_only):
+        asked.append((name, revision))
+        if name != file and name not in beside:
+            raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
+        return str(path.with_name(name))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert registry.resolve("owner/clip@v1") == path
+    assert asked[-len(beside) :] == [(name, COMMIT) for name in beside]
+    assert all(revision == "v1" for _, revision in asked[: -len(beside)])
+
+
+def test_a_run_resolves_its_weights_once(cache, tmp_path, monkeypatch, capsys):
+    """A branch that moves between two looks: what was loaded is what is recorded."""
+    config = tiny.contrastive()
+    random = tiny.build(config, tmp_path)
+    variables = random_variables(random.clip)
+    tokenizer, repository = random.tokenizer.to_config(), "owner/clip"
+    path = _cached(cache, repository, "model.safetensors", b"")
+    registry.save(path, variables, config=random.clip, tokenizer=tokenizer, provenance={})
+    looked, resolve = [], registry.resolve
+
+    def moving(name):
+        found = resolve(name)
+        looked.append(name)
+        _cached(cache, repository, "model.safetensors", b"newer", commit="f" * 40)
+        return found
+
+    monkeypatch.setattr(registry, "resolve", moving)
+    config.model.pretrained = repository
+    built = tiny.build(config, tmp_path)
+    assert looked == [repository]
+    assert built.pretrained == registry.Located(repository, path)
+    assert registry.provenance(built.pretrained) == {
+        "path": str(path),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "repository": repository,
+        "commit": COMMIT,
+    }
+    assert looked == [repository]
+    assert built.tokenizer.to_config() == tokenizer
+    assert capsys.readouterr().out == (
+        f"note: {repository} is at commit {COMMIT}; no commit is given, give "
+        f"model.pretrained={repository}@{COMMIT} to pin it\n"
+    )
+
+
 def _ask(monkeypatch, error):
     asked = []
 
@@ -117,7 +214,9 @@ def test_offline_asks_the_network_once_and_says_what_to_do(monkeypatch):
     asked = _ask(monkeypatch, LocalEntryNotFoundError("no network, no cache"))
     message = (
         r"model\.pretrained: cannot fetch the weights of owner/name@v1 \(LocalEntryNotFoundError\)"
-        ".* give their path, or use 'random'"
+        ", nor are they in the cache; elsewhere, download one of open_clip_model.safetensors, "
+        r".*, pytorch_model\.bin of owner/name@v1, and open_clip_config.json or config.json beside "
+        "it, and give its path, or use 'random'$"
     )
     with pytest.raises(UserError, match=message) as error:
         registry.load("owner/name@v1", CONFIG)
@@ -128,6 +227,19 @@ def test_offline_asks_the_network_once_and_says_what_to_do(monkeypatch):
         ("owner/name", "open_clip_pytorch_model.bin", "v1", True),
         ("owner/name", "pytorch_model.bin", "v1", True),
     ]
+
+
+@pytest.mark.parametrize("name", ["RN50x4", "timm/resnet50x4_clip.openai"])
+def test_offline_a_named_models_two_files_are_named(monkeypatch, name):
+    _ask(monkeypatch, LocalEntryNotFoundError("no network, no cache"))
+    with pytest.raises(UserError) as error:
+        registry.load(name, CONFIG)
+    assert str(error.value) == (
+        "model.pretrained: cannot fetch the weights of timm/resnet50x4_clip.openai "
+        "(LocalEntryNotFoundError), nor are they in the cache; elsewhere, download "
+        "open_clip_model.safetensors of timm/resnet50x4_clip.openai and give its path, or put "
+        "OpenAI's RN50x4.pt into ~/.cache/clip and set model.pretrained=RN50x4, or use 'random'"
+    )
 
 
 def test_a_repository_without_weights_and_one_that_fails_are_told_apart(monkeypatch):

@@ -58,6 +58,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ViT-L/14": _clip(768, _vit(14, 1024, 24), 768),
     "ViT-L/14-336": _clip(768, _vit(14, 1024, 24, 336), 768),
 }
+# Ends the name of the same towers with GELU, which OpenCLIP's own training uses and shapes hide.
+GELU = "-gelu"
 # As OpenAI's own program calls it.
 _ALIASES = {"ViT-L/14@336px": "ViT-L/14-336"}
 
@@ -161,13 +163,24 @@ def known_name(name: str) -> str | None:
 def architecture(name: str) -> dict[str, Any]:
     """The validated configuration of a named architecture or of a known hub repository.
 
+    Args:
+      name: may end in "-gelu": then every activation is GELU in place of QuickGELU.
+
     Raises:
       UserError: the name is unknown.
     """
-    known = known_name(name)
+    known = known_name(name.removesuffix(GELU))
     if known is None:
-        raise UserError(f"model.architecture: {name!r} must be one of {', '.join(ARCHITECTURES)}")
-    return validate(ARCHITECTURES[known])
+        raise UserError(
+            f"model.architecture: {name!r} must be one of {', '.join(ARCHITECTURES)}, or one of "
+            f"them with {GELU} at its end"
+        )
+    config = dict(ARCHITECTURES[known])
+    if name.endswith(GELU):
+        for tower in ("image", "text"):
+            if "activation" in config[tower]:
+                config[tower] = {**config[tower], "activation": "gelu"}
+    return validate(config)
 
 
 def published_as(sha256: str) -> str | None:

@@ -12,16 +12,16 @@ import safetensors
 
 from trm_jax.data.tokenizers import ClipTokenizer
 from trm_jax.models.clip import towers
-from trm_jax.pretrained import convert, files, identify, registry
-from trm_jax.pretrained.architectures import ARCHITECTURES, PUBLISHED, published_as
+from trm_jax.pretrained import convert, files, identify, registry, stated
+from trm_jax.pretrained.architectures import ARCHITECTURES, GELU, PUBLISHED, published_as
 from trm_jax.types import UserError
 
 _DESCRIPTION = """Lists the known CLIP models; with files, says what they are; with --out, converts
 one. Reads safetensors and torch's zip archives (OpenAI's .pt, state dicts), needs no torch and
 executes nothing from a file."""
 _CLIP_VOCABULARY = 49408
-# See `identify.infer`.
-_ASSUMED = "QuickGELU, heads of 64 channels, the last word ends a text; no shape tells"
+# See `identify.infer`; what is stated of weights may tell the first.
+_ASSUMED = ("QuickGELU", "heads of 64 channels", "the last word ends a text; no shape tells")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +80,10 @@ def _table() -> str:
         where = known.repository + (f"@{known.revision[:12]}" if known.revision else "")
         width = str(config["embed_dim"])
         rows.append((name, f"{known.parameters:,}", width, size, known.openai_file, where))
-    return _aligned(rows, right=(1, 2, 3))
+    return _aligned(rows, right=(1, 2, 3)) + (
+        f"\nwith {GELU} at its end, as in ViT-B/32{GELU}, a name means the same towers with GELU "
+        "in place of QuickGELU"
+    )
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: tuple[int, ...] = ()) -> str:
@@ -148,17 +151,31 @@ def _architecture(weights: files.Weights) -> list[tuple[str, str]]:
     shapes = _shapes(weights)
     rows, difference = [], None
     try:
-        config = identify.infer(shapes)
+        config, known = _inferred(weights, shapes)
     except UserError as error:
         rows.append(("architecture", f"none: {error}"))
     else:
         difference = identify.compare(shapes, convert.openclip_shapes(config))
-        rows += [("architecture", _title(config)), ("assumed", _ASSUMED)]
+        rows += [("architecture", _title(config)), ("assumed", _assumed(known))]
+        if known:
+            rows.append(("activation", f"{config['text']['activation']}, says {known.source}"))
         if identify.named(config) or not any(difference):
             return rows + _difference(difference)
     if near := identify.nearest(shapes):
         return [*rows, ("nearest", near[0]), *_difference(near[1])]
     return rows + (_difference(difference) if difference else [])
+
+
+def _inferred(
+    weights: files.Weights, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Any], stated.Stated | None]:
+    """The configuration by shapes and by what is stated, and the latter."""
+    config, known = identify.infer(shapes), stated.read(weights)
+    return stated.applied(known, config), known
+
+
+def _assumed(known: stated.Stated | None) -> str:
+    return ", ".join(_ASSUMED[1:] if known else _ASSUMED)
 
 
 def _title(config: dict[str, Any]) -> str:
@@ -168,6 +185,8 @@ def _title(config: dict[str, Any]) -> str:
     for tower in ("image", "text"):
         hidden = ("kind", "mean", "std", "activation", "eos_id")
         fields += [(f"{tower}.{k}", v) for k, v in config[tower].items() if k not in hidden]
+        if config[tower].get("activation") == "gelu":
+            fields.append((f"{tower}.activation", "gelu"))
     kind = {"vit": "ViT", "resnet": "ResNet"}.get(config["image"]["kind"], "feature projection")
     listed = ", ".join(f"{name} {value}" for name, value in fields)
     return f"a CLIP {kind}, none of the named ones: {listed}"
@@ -206,17 +225,17 @@ def _convert(path: Path, out: Path, form: str) -> str:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"--out={out} cannot be written ({error})") from None
     count = towers.count_parameters(variables["params"])
-    note = f"; assumed: {_ASSUMED}" if assumed and form == "trm_jax" else ""
+    note = f"; assumed: {assumed}" if assumed and form == "trm_jax" else ""
     return f"{out}: {_title(config)}, {count:,} parameters, float32, {form} names{note}"
 
 
 def _described(weights: files.Weights) -> dict[str, Any]:
-    """What `registry.save` wants to know, and whether parts of the config are assumed."""
+    """What `registry.save` wants to know, and which parts of the config are "assumed"."""
     if registry.is_own(weights.metadata):
-        return registry.parse_metadata(weights.metadata, weights.path) | {"assumed": False}
+        return registry.parse_metadata(weights.metadata, weights.path) | {"assumed": ""}
     shapes = _shapes(weights)
     try:
-        config = identify.infer(shapes)
+        config, known = _inferred(weights, shapes)
     except UserError as error:
         raise UserError(f"{weights.path} cannot be converted: {error}") from None
     difference = identify.compare(shapes, convert.openclip_shapes(config))
@@ -229,5 +248,5 @@ def _described(weights: files.Weights) -> dict[str, Any]:
         "config": config,
         "tokenizer": ClipTokenizer().to_config() if is_clip else None,
         "provenance": provenance,
-        "assumed": "published" not in provenance,
+        "assumed": "" if "published" in provenance else _assumed(known),
     }

@@ -109,12 +109,19 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal digits."""
+    """The SHA-256 of a file in hexadecimal digits; read once as long as the file stays as it is."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        stat = path.stat()
+        return _sha256(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    del size, changed  # they tell apart what lies at one path
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _head(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from trm_jax.pretrained.architectures import PUBLISHED
 from trm_jax.types import UserError
 
 # What a repository of CLIP weights may hold, best first: OpenCLIP's file, transformers' file, and
@@ -13,6 +14,10 @@ FILES = (
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
 )
+# What may lie beside them and says what no tensor tells.
+OPENCLIP_CONFIG = "open_clip_config.json"
+TRANSFORMERS_CONFIG = "config.json"
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 
 def fetch(repository: str, revision: str | None = None) -> Path:
@@ -52,8 +57,44 @@ def fetch(repository: str, revision: str | None = None) -> Path:
         )
     raise UserError(
         f"model.pretrained: cannot fetch the weights of {where} ({type(problem).__name__}), nor "
-        "are they in the cache; download them elsewhere and give their path, or use 'random'"
+        f"are they in the cache; {_elsewhere(repository, where)}, or use 'random'"
     ) from problem
+
+
+def _elsewhere(repository: str, where: str) -> str:
+    """What can be done on a machine that does not reach the hub."""
+    for name, published in PUBLISHED.items():
+        if published.repository == repository:
+            return (
+                f"elsewhere, download {FILES[0]} of {where} and give its path, or put OpenAI's "
+                f"{published.openai_file} into ~/.cache/clip and set model.pretrained={name}"
+            )
+    return (
+        f"elsewhere, download one of {', '.join(FILES)} of {where}, and {OPENCLIP_CONFIG} or "
+        f"{TRANSFORMERS_CONFIG} beside it, and give its path"
+    )
+
+
+def fetch_beside(path: Path) -> None:
+    """Fetches what the repository of weights says of them, if it does, from the same commit.
+
+    Args:
+      path: what `fetch` returned.
+    """
+    from huggingface_hub import hf_hub_download
+
+    found = commit(path)
+    if not found:
+        return
+    own = (OPENCLIP_CONFIG,) if path.name.startswith("open_clip") else ()
+    for name in own or (TRANSFORMERS_CONFIG, PREPROCESSOR_CONFIG):
+        try:
+            hf_hub_download(
+                found["repository"], name, revision=found["commit"], local_files_only=False
+            )
+        # The weights can do without: whoever loads them is told what is assumed instead.
+        except Exception:
+            return
 
 
 def commit(path: Path) -> dict[str, str]:

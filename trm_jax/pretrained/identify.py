@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from trm_jax.models.clip.config import validate
 from trm_jax.pretrained import convert
-from trm_jax.pretrained.architectures import ARCHITECTURES
+from trm_jax.pretrained.architectures import ARCHITECTURES, GELU, architecture
 from trm_jax.types import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,8 +32,8 @@ def infer(shapes: Shapes) -> dict[str, Any]:
     """The validated configuration of the towers that a state dict belongs to.
 
     Three things leave no trace in shapes and are taken to be as in OpenAI's models: heads of 64
-    channels (one head, where 64 does not divide the width), QuickGELU, and the end of text as the
-    last word of the vocabulary.
+    channels (one head, where 64 does not divide the width), QuickGELU (see `stated`), and the end
+    of text as the last word of the vocabulary.
 
     Args:
       shapes: of the tensors by OpenCLIP's names.
@@ -110,8 +110,9 @@ def _count(shapes: Shapes, prefix: str, dot: str = ".") -> int:
 
 
 def named(config: dict[str, Any]) -> str | None:
-    """The key of ARCHITECTURES with this validated configuration."""
-    return next((name for name, known in ARCHITECTURES.items() if validate(known) == config), None)
+    """The name, perhaps with "-gelu", of the architecture with this validated configuration."""
+    names = (*ARCHITECTURES, *(name + GELU for name in ARCHITECTURES))
+    return next((name for name in names if architecture(name) == config), None)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Pretrained towers by name or path, and our own weight format.
 
-`resolve` finds the file, `load` turns it into variables, `save` and `save_openclip` write one.
+`locate` finds the file once, for `tokenizer_config`, `load` and `provenance`; `load` turns it into
+variables; `save` and `save_openclip` write one.
 
 Our format is one safetensors file: tensors by their "/"-joined variable path
 ("params/image/conv1/kernel") and metadata {"format": "trm_jax", "config", "tokenizer",
@@ -9,21 +10,22 @@ Our format is one safetensors file: tensors by their "/"-joined variable path
 Hashes are checked where they mean something: a file that was found by a model's name (in OpenAI's
 cache, or on the hub at the listed commit), and a TorchScript archive that bears the name of one of
 OpenAI's, must be the published one. State dicts saved anew under such a name, and all other files,
-are judged by their content.
+are judged by their content, and by the config file beside them (see `stated`).
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trm_jax.models.clip import towers
-from trm_jax.pretrained import convert, files, hub
+from trm_jax.pretrained import convert, files, hub, stated
 from trm_jax.pretrained.architectures import (
     ARCHITECTURES,
+    GELU,
     HUB,
     PUBLISHED,
     architecture,
@@ -36,8 +38,10 @@ __all__ = [
     "ARCHITECTURES",
     "HUB",
     "PACKAGED",
+    "Located",
     "architecture",
     "load",
+    "locate",
     "provenance",
     "read_metadata",
     "resolve",
@@ -50,6 +54,33 @@ _FORMAT = "trm_jax"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Packaged weights: name -> file beside this module.
 PACKAGED = {"glyphs": Path(__file__).parent / "weights" / "glyphs_clip.safetensors"}
+
+
+class Located(NamedTuple):
+    """Weights that were looked for once, so that all who ask see the same file.
+
+    Attributes:
+      name: as it was given.
+      path: the local file; None for "random".
+    """
+
+    name: str
+    path: Path | None
+
+
+NameOrPath = str | os.PathLike | Located
+
+
+def locate(name_or_path: NameOrPath) -> Located:
+    """The weights of a name or path: "random", or what `resolve` accepts.
+
+    Raises:
+      UserError: as `resolve`.
+    """
+    if isinstance(name_or_path, Located):
+        return name_or_path
+    name = str(name_or_path)
+    return Located(name, None if name == "random" else resolve(name))
 
 
 def resolve(name_or_path: str | os.PathLike) -> Path:
@@ -85,6 +116,11 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         if name not in HUB.values() and openai.exists():
             return openai
         return hub.fetch(PUBLISHED[known].repository, PUBLISHED[known].revision)
+    if known_name(name.removesuffix(GELU)):
+        raise UserError(
+            f"model.pretrained: {name!r} names towers, for model.architecture; OpenAI's weights "
+            "have QuickGELU, so give a hub repository or the path of a file"
+        )
     repository, _, revision = name.partition("@")
     looks_local = path.suffix in _SUFFIXES or path.is_absolute() or name.startswith(".")
     if looks_local or repository.count("/") != 1:
@@ -92,7 +128,9 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
             f"model.pretrained: {name!r} does not exist; give 'random', an existing file, a hub "
             f"repository owner/name or one of {', '.join([*PACKAGED, *HUB])}"
         )
-    return hub.fetch(repository, revision or None)
+    path = hub.fetch(repository, revision or None)
+    hub.fetch_beside(path)
+    return path
 
 
 def _check_hash(name: str, weights: files.Weights) -> None:
@@ -111,7 +149,7 @@ def _check_hash(name: str, weights: files.Weights) -> None:
         )
 
 
-def provenance(name_or_path: str | os.PathLike) -> dict[str, str]:
+def provenance(name_or_path: NameOrPath) -> dict[str, str]:
     """Where weights come from, for the record of a run; {} for "random".
 
     Returns:
@@ -121,9 +159,9 @@ def provenance(name_or_path: str | os.PathLike) -> dict[str, str]:
     Raises:
       UserError: as `resolve`.
     """
-    if name_or_path == "random":
+    path = locate(name_or_path).path
+    if path is None:
         return {}
-    path = resolve(name_or_path)
     sha256 = files.sha256(path)
     published = published_as(sha256)
     return {
@@ -162,15 +200,16 @@ def read_metadata(name_or_path: str | os.PathLike) -> dict[str, Any]:
     return parse_metadata(files.read_metadata(path), path)
 
 
-def tokenizer_config(name_or_path: str | os.PathLike) -> dict[str, Any] | None:
+def tokenizer_config(name_or_path: NameOrPath) -> dict[str, Any] | None:
     """The tokenizer's config that a file in our format carries; None for "random" and others.
 
     Raises:
       UserError: as `resolve`.
     """
-    if name_or_path == "random":
+    path = locate(name_or_path).path
+    if path is None:
         return None
-    metadata = files.read_metadata(resolve(name_or_path))
+    metadata = files.read_metadata(path)
     return json.loads(metadata["tokenizer"]) if is_own(metadata) else None
 
 
@@ -184,7 +223,24 @@ def _differing(found: Any, wanted: Any, where: str = "model.clip") -> list[str]:
     ]
 
 
-def load(name_or_path: str | os.PathLike, config: Any) -> dict[str, PyTree] | None:
+def _unpinned(located: Located) -> str | None:
+    """The line on weights that came from whatever commit the hub's main branch was at."""
+    name, path = located
+    found = hub.commit(path) if path and not Path(name).expanduser().exists() else {}
+    known = known_name(name)
+    if not found or (PUBLISHED[known].revision if known else "@" in name):
+        return None
+    repository, commit = found["repository"], found["commit"]
+    origin = "is" if name == repository else f"comes from {repository}"
+    return (
+        f"note: {name} {origin} at commit {commit}; no commit is {'listed' if known else 'given'}, "
+        f"give model.pretrained={repository}@{commit} to pin it"
+    )
+
+
+def load(
+    name_or_path: NameOrPath, config: Any, *, say: Callable[[str], object] | None = None
+) -> dict[str, PyTree] | None:
     """Variables (numpy float32) for the towers `config` describes; None for "random".
 
     Tensors are read one by one, so that memory holds little more than the result.
@@ -193,17 +249,36 @@ def load(name_or_path: str | os.PathLike, config: Any) -> dict[str, PyTree] | No
       name_or_path: "random", or what `resolve` accepts. The format (safetensors, or torch's zip
         archives) and the naming (ours, OpenCLIP's or transformers') are found out from the file.
       config: see `trm_jax.models.clip.config.validate`.
+      say: gets a line on what a run should know of weights that load: no commit is pinned, or an
+        activation is assumed.
 
     Raises:
       UserError: the weights are missing, unreadable, not those that were published under their
         name, or made for another configuration.
     """
-    if name_or_path == "random":
+    located = locate(name_or_path)
+    if located.path is None:
         return None
-    weights = files.read(resolve(name_or_path))
-    _check_hash(str(name_or_path), weights)
+    weights = files.read(located.path)
+    _check_hash(located.name, weights)
+    notes = [_unpinned(located)]
+    config = towers.validate(config)
     if is_own(weights.metadata):
-        return _from_own(weights, towers.validate(config))
+        variables = _from_own(weights, config)
+    else:
+        variables = _from_others(weights, config)
+        # After names and shapes: towers of another size are the greater mistake.
+        if found := stated.read(weights):
+            stated.check(found, config, weights.path)
+        else:
+            notes.append(stated.assumption(config, weights.path))
+    if say is not None:
+        for note in filter(None, notes):
+            say(note)
+    return variables
+
+
+def _from_others(weights: files.Weights, config: dict[str, Any]) -> dict[str, PyTree]:
     state = convert.openclip_names(weights.tensors)
     if "visual.conv1.weight" not in state:
         raise UserError(

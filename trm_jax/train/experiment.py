@@ -42,6 +42,7 @@ class Experiment(NamedTuple):
     observed: np.ndarray | None  # label mask applied: int8 [N, C]
     eval_split: str  # "test", or "val" when a share of the training images is held out
     inputs: BatchSpec  # the image entry of a batch, before any feature cache
+    pretrained: registry.Located  # the weights that were loaded
 
 
 def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
@@ -55,10 +56,11 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
       UserError: whatever of the config or the data cannot be used, by field or file name.
     """
     train, test, eval_split = datasets.open_data(config.data)
-    tokenizer = _tokenizer(config.model, train)
+    located = registry.locate(config.model.pretrained)
+    tokenizer = _tokenizer(config.model, located, train)
     clip = resolve_clip(config.model, tokenizer)
     _check_attention(clip, compute_dtype(config.precision.compute))
-    weights = registry.load(config.model.pretrained, clip)
+    weights = registry.load(located, clip, say=None if jax.process_index() else print)
     observed = None
     if train.class_names and config.method != "contrastive":
         observed = datasets.observed_labels(config.data, train)
@@ -80,7 +82,7 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     params = _warm_start(params, config.model.initial_params, config.model.initial_from)
     job = _job(config, method, info, tokenizer, train, test, observed, (params, extras))
     return Experiment(
-        job, method, info, tokenizer, clip, train, test, observed, eval_split, raw_inputs
+        job, method, info, tokenizer, clip, train, test, observed, eval_split, raw_inputs, located
     )
 
 
@@ -91,7 +93,9 @@ def resolve_clip(model: ConfigDict, tokenizer: tokenizers.Tokenizer) -> dict[str
     """
     named = registry.architecture(model.architecture) if model.architecture else {}
     resolved = {**named, **model.clip.to_dict()}
-    text = dict(resolved.get("text", {}))
+    for tower in ("image", "text"):
+        resolved[tower] = {**named.get(tower, {}), **resolved.get(tower, {})}
+    text = resolved["text"]
     for field, value in (("vocab_size", tokenizer.vocab_size), ("eos_id", tokenizer.eos_id)):
         text[field] = text.get(field) or value
     return validate({**resolved, "text": text})
@@ -156,8 +160,8 @@ def compute_dtype(name: str) -> np.dtype:
     return jnp.dtype(name)
 
 
-def _tokenizer(model: ConfigDict, train: Source) -> tokenizers.Tokenizer:
-    saved = registry.tokenizer_config(model.pretrained)
+def _tokenizer(model: ConfigDict, located: registry.Located, train: Source) -> tokenizers.Tokenizer:
+    saved = registry.tokenizer_config(located)
     if saved is not None:
         return tokenizers.from_config(saved)
     kind = model.tokenizer

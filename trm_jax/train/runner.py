@@ -40,7 +40,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # Claimed only now, so that a mistake found above leaves the workdir free for the corrected run.
     workdirs.claim(folder, config, built)
     step = int(state.step)
-    report = _report(config, built, run, mesh, folder)
+    report = _report(built, run, mesh, folder)
     if run.resumed_from is not None:
         _check_resumed(folder, report)
     _announce(report, step, built.job.total_steps)
@@ -82,7 +82,7 @@ def _cache_dir(config: ConfigDict, folder: Path) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else folder / "features"
 
 
-def _report(config: ConfigDict, built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
+def _report(built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
     before = workdirs.read_json(folder / "run.json")
     resumed = before.get("resumed_from", [])
     if run.resumed_from is not None:
@@ -95,7 +95,7 @@ def _report(config: ConfigDict, built: Experiment, run: Run, mesh, folder: Path)
         "mesh": dict(mesh.shape),
         "parameters": run.counts,
         "frozen_sha256": run.frozen_hash,
-        "pretrained": registry.provenance(config.model.pretrained),
+        "pretrained": registry.provenance(built.pretrained),
         "dataset": {
             "train": len(built.train),
             built.eval_split: len(built.test),

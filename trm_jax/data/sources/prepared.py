@@ -170,8 +170,8 @@ def _check_made_of(
         )
     if split not in metadata["splits"]:
         raise UserError(
-            f"{root} holds no '{split}' split, only {', '.join(metadata['splits'])}; prepare it "
-            "with --split=train,test"
+            f"{root} holds no '{split}' split, only {', '.join(metadata['splits'])}; delete it and "
+            "prepare it with --split=train,test"
         )
 
 
