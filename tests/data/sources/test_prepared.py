@@ -110,7 +110,9 @@ def test_the_wrong_dataset_year_or_split_is_refused(places, tmp_path):
         _open(folder, year="2014")
     prepare("coco", places["coco"][0], tmp_path / "train", splits=("train",))
     assert len(_open(tmp_path / "train")) == 6
-    with pytest.raises(UserError, match="holds no 'test' split, only train; prepare it with"):
+    with pytest.raises(
+        UserError, match="holds no 'test' split, only train; delete it and prepare it with"
+    ):
         _open(tmp_path / "train", "test")
     with pytest.raises(UserError, match="no training image of bicycle"):
         open_source("voc", "train", root=str(places["voc"][1]))
