@@ -20,6 +20,7 @@ setup(
         "array_record>=0.8",
         "flatbuffers>=24",
         "flax>=0.12",
+        "ftfy>=6.1",
         "grain>=0.2.18",
         "huggingface_hub>=1.0",
         "instant-clip-tokenizer>=0.1",

@@ -113,13 +113,7 @@ class DualCoOp(nn.Module):
 
 def _dense(visual: ModifiedResNet, x):
     """The ResNet's dense features alone, positions added as DualCoOp does."""
-    for i in (1, 2, 3):
-        conv, norm = getattr(visual, f"conv{i}"), getattr(visual, f"bn{i}")
-        x = functional.relu(norm(conv(x)))
-    x = functional.avg_pool2d(x, 2)
-    for stage in range(visual.stages):
-        x = getattr(visual, f"layer{stage + 1}")(x)
-    pool = visual.attnpool
+    x, pool = visual.trunk(x), visual.attnpool
     positions = pool.positions(*x.shape[2:])[1:]
     return pool.c_proj(pool.v_proj(x.flatten(2).transpose(1, 2) + positions))
 

@@ -12,6 +12,7 @@ import pytest
 from configs import common
 from tests import tiny
 from trm_jax.data import sources, tokenizers
+from trm_jax.data.partial_labels import largeloss_split
 from trm_jax.data.sources import coco, voc
 from trm_jax.data.sources.glyphs import GlyphScenes
 from trm_jax.pretrained import registry
@@ -172,7 +173,7 @@ def test_options_are_those_of_the_dataset(name):
         ("dualcoop_coco", coco.OFFICIAL_COUNTS["2014", "train"][1]),
         ("voc2007", voc.OFFICIAL_COUNTS["2007", "train"][0]),
         ("dualcoop_voc2007", voc.OFFICIAL_COUNTS["2007", "train"][0]),
-        ("voc2012", voc.OFFICIAL_COUNTS["2012", "train"][0]),
+        ("voc2012", len(largeloss_split(voc.OFFICIAL_COUNTS["2012", "train"][0])[0])),
     ],
 )
 def test_runs_are_evaluated_after_every_epoch(name, images):
@@ -195,7 +196,9 @@ def test_the_peers_recipe_is_dualcoops():
 def test_a_single_positive_is_what_voc2012_knows():
     assert _config("voc2012").data.label_protocol == "single_positive_largeloss"
     assert _config("voc2012").model.architecture == "RN50"
-    assert _config("voc2012", "0.3").data.label_protocol == "hash"
+    every = _config("voc2012", "0.3")
+    assert every.data.label_protocol == "hash"
+    assert every.train.eval_every == voc.OFFICIAL_COUNTS["2012", "train"][0] // 128
 
 
 @pytest.mark.parametrize("name", ["RN101", "RN50", "ViT-B/16"])

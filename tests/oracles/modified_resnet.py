@@ -106,14 +106,18 @@ class ModifiedResNet(nn.Module):
         side = image_size // (4 * 2 ** (len(layers) - 1))
         self.attnpool = AttentionPool(side, inplanes, heads, embed_dim)
 
-    def forward(self, x, dense_pos_embed=False):
+    def trunk(self, x):
+        """The last stage's features [n, c, h, w]."""
         for i in (1, 2, 3):
             conv, norm = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
             x = functional.relu(norm(conv(x)))
         x = functional.avg_pool2d(x, 2)
         for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
-        return self.attnpool(x, dense_pos_embed)
+        return x
+
+    def forward(self, x, dense_pos_embed=False):
+        return self.attnpool(self.trunk(x), dense_pos_embed)
 
 
 def randomised(layers, width, heads, image_size, embed_dim, seed=0):

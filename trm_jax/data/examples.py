@@ -50,7 +50,7 @@ class _Inputs:
 
     def read(self, index: int, rng: np.random.Generator) -> Sample:
         raw = self.source.read(index)
-        sample = {name: _entered(raw[name]) for name in _ARRAY_INPUTS if name in raw}
+        sample = {name: entered(raw[name]) for name in _ARRAY_INPUTS if name in raw}
         if "image" in raw:
             sample["image"] = self._view(raw["image"], rng)
             if self.views == 2:
@@ -76,7 +76,7 @@ class _Inputs:
         return image if self.transform is None else self.transform(image, rng)
 
 
-def _entered(array: np.ndarray) -> np.ndarray:
+def entered(array: np.ndarray) -> np.ndarray:
     """Features as they enter the device: bfloat16 as it is, others in single precision."""
     return np.asarray(array, array.dtype if array.dtype == ml_dtypes.bfloat16 else np.float32)
 

@@ -6,10 +6,10 @@ Both give rows [SOS] tokens [EOS] 0 0 ..., truncated so that EOS is always there
 import collections
 import html
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import ftfy
 import numpy as np
 
 from trm_jax.types import UserError
@@ -48,26 +48,6 @@ def _rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> np.ndarray
     return rows
 
 
-def _character_fixes() -> dict[int, str | None]:
-    """What ftfy.fix_text, the first step of OpenAI's tokenizer, replaces character by character."""
-    fixes: dict[int, str | None] = {}
-    # C1 controls are Windows-1252 read as Latin-1; its five holes stay.
-    for number in range(0x80, 0xA0):
-        fixes[number] = bytes([number]).decode("cp1252", errors="ignore") or chr(number)
-    # Latin ligatures, full-width and half-width forms.
-    ligatures = [*map(ord, "\u0132\u0133\u0149"), *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4)]
-    for number in (*ligatures, *range(0xFB00, 0xFB07), 0x3000, *range(0xFF01, 0xFFF0)):
-        fixes[number] = unicodedata.normalize("NFKC", chr(number))
-    quotes = {0x2BC: "'"} | dict.fromkeys(range(0x2018, 0x201C), "'")
-    quotes |= dict.fromkeys(range(0x201C, 0x2020), '"')
-    fixes = {number: text and text.translate(quotes) for number, text in fixes.items()} | quotes
-    # Controls that are no white space, deprecated format characters, the byte order mark.
-    for gone in (range(9), (0x0B,), range(0x0E, 0x20), (0x7F, 0xFEFF), range(0x206A, 0x2070)):
-        fixes |= dict.fromkeys(gone)
-    return fixes | dict.fromkeys(range(0xFFF9, 0xFFFD))
-
-
-_FIXES = _character_fixes()
 # OpenAI's markers count at the start of a word only: a run of punctuation swallows them.
 _MARKERS = re.compile(r"(?<![^\s\w]|_)((?:<\|startoftext\|>|<\|endoftext\|>)+)")
 
@@ -75,20 +55,10 @@ _MARKERS = re.compile(r"(?<![^\s\w]|_)((?:<\|startoftext\|>|<\|endoftext\|>)+)")
 def clean(text: str) -> str:
     """What OpenAI's CLIP does to a text before it splits words: repair, HTML entities, lower case.
 
-    Curly quotes become straight, ligatures and full-width forms plain letters, control characters
-    go, accents are composed (NFC), entities are unescaped. Of ftfy.fix_text, which does the repair
-    there, two steps are left out: it also recognises text that was decoded in a wrong encoding,
-    and terminal escapes. Run ftfy over captions that may hold those.
+    ftfy is the repair: curly quotes, ligatures, full-width letters, control characters, accents
+    (NFC), and text that was decoded in a wrong encoding.
     """
-    if "&" in text:
-        # ftfy takes a text with "<" for HTML itself, whose entities are unescaped at the end only.
-        while "<" not in text and (plain := html.unescape(text)) != text:
-            text = plain
-    if not (text.isascii() and text.isprintable()):
-        # Surrogates (of a JSON file, say) are joined; a lone one becomes U+FFFD.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        text = unicodedata.normalize("NFC", text.translate(_FIXES))
-    return html.unescape(html.unescape(text)).strip().lower()
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip().lower()
 
 
 class ClipTokenizer:

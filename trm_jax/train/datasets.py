@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from trm_jax.data import partial_labels, pipeline, sources
-from trm_jax.data.examples import MultiLabelExamples
+from trm_jax.data.examples import MultiLabelExamples, entered
 from trm_jax.data.feature_cache import CachedFeatures, cache_key, data_hash, write_cache
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.subset import Subset, hold_out
@@ -77,7 +77,7 @@ def input_spec(
         raise UserError("not one example of the data can be read; check data.root")
     if "dense" in sample:
         names = ("dense", "global_embedding")
-        spec = {n: ArraySpec((None, *np.shape(sample[n])), sample[n].dtype) for n in names}
+        spec = {n: ArraySpec((None, *np.shape(sample[n])), entered(sample[n]).dtype) for n in names}
         return spec, _square(len(sample["dense"]))
     if "features" in sample:
         return feature_spec(np.shape(sample["features"]), clip)

@@ -37,12 +37,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     built = experiment.build(config, cache_dir=_cache_dir(config, folder))
     run = Run(built.job, folder, mesh)
     state = run.prepare()
-    # Claimed only now, so that a mistake found above leaves the workdir free for the corrected run.
-    workdirs.claim(folder, config, built)
     step = int(state.step)
     report = _report(built, run, mesh, folder)
     if run.resumed_from is not None:
         _check_resumed(folder, report)
+    # Claimed only now, so that a mistake found above leaves the workdir as it was.
+    workdirs.claim(folder, config, built)
     _announce(report, step, built.job.total_steps)
     writer = metrics.MetricsWriter(
         folder, step=step, total_steps=built.job.total_steps, active=jax.process_index() == 0
