@@ -10,7 +10,7 @@ def base() -> ConfigDict:
     """Every field a run may have, with the defaults of the paper's recipe where it has one."""
     return ConfigDict({
         "seed": 0,
-        "method": "trm_ml",  # trm_ml, dualcoop, contrastive
+        "method": "trm_ml",  # trm_ml, dualcoop, contrastive, simcon
         "model": {
             # A file of weights, a hub repository owner/name@revision, an architecture's name
             # (OpenAI's weights), "glyphs" or "random"
@@ -31,6 +31,10 @@ def base() -> ConfigDict:
             "batch_size": 128,
             "train_size": 0,  # 0: all; glyph scenes are endless and need a number
             "test_size": 0,
+            "test_dataset": "",  # where evaluation reads, if not from the same dataset: a name, ...
+            "test_root": "",  # ... its folder ...
+            "test_options": {},  # ... and keyword arguments of its source
+            "caption_shuffle": 0.0,  # share of the training images that get another's captions
             "holdout": 0.0,  # evaluate on this share of the training images, not on the test set
             "label_protocol": "hash",
             "known_fraction": 0.1,
@@ -51,6 +55,7 @@ def base() -> ConfigDict:
             "schedule": "one_cycle",
             "warmup_epochs": 0.0,
             "warmup_rate": 0.0,
+            "end_rate": 0.0,  # of the schedule "cosine"
             "weight_decay": 1e-4,
             "b2": 0.999,
             "decay": (".",),
@@ -75,7 +80,8 @@ def base() -> ConfigDict:
             "batch_size": 64,
             "pool": "global",
             "templates": ("a photo of a {}.",),
-            "pictures": 8,  # images whose heat maps are left in WORKDIR/pictures at the end
+            "pictures": 8,  # images whose maps are left in WORKDIR/pictures at the end
+            "segmentation": {},  # the protocol, see segmentation()
         },
     })
 
@@ -270,4 +276,83 @@ def our_recipe(config: ConfigDict) -> ConfigDict:
         "name": "adamw", "schedule": "one_cycle", "warmup_epochs": 0.0, "warmup_rate": 0.0,
         "decay": ("^prompts/",), **GLYPH_OPTIMIZER,
     })
+    return config
+
+
+LOSSES = ("infonce", "simcon", "mv_simcon")
+
+
+def simcon(config: ConfigDict, name: str) -> ConfigDict:
+    """SimCon's own fields: the paper's recipe, every choice of its specification.
+
+    `name` of the loss: "infonce", "simcon" or "mv_simcon", which all else holds for.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"the loss {name!r} is none of {', '.join(LOSSES)}")
+    config.method = "simcon"
+    config.model.options = ConfigDict({
+        "max_scale": 100.0,
+        "remat_image": False,
+        "scan_image": False,
+        "remat_text": False,
+    })
+    config.loss = ConfigDict({
+        "name": name,
+        "thresholds": (0.95, 0.90, 0.85),
+        "changes": (2 / 30, 15 / 30),
+        "joint_positives": True,
+        "ncs_weight": 1.0,
+        "self_similarity": "exclude",
+        "multi_label_weight": 0.0,
+        "multi_label_nouns": 3,
+        "direction_weight": 0.0,
+        "implementation": "auto",
+        "columns": "gather",
+        "block": 0,
+        "dtype": "float32",
+    })
+    config.evaluate.segmentation = segmentation()
+    return config
+
+
+def segmentation() -> ConfigDict:
+    """The protocol of zero-shot segmentation (GroupViT's), for Pascal VOC and COCO-Object."""
+    return ConfigDict({
+        "short_side": 448,
+        "long_side": 2048,
+        "window": 448,
+        "stride": 224,
+        "top_classes": 5,
+        "background_threshold": 0.95,  # 0.35 for Pascal Context, 0: no background
+        "tta": False,
+        "tta_scales": (0.5, 0.75, 1.0),
+        "tta_short_side": 512,
+        "batch_size": 16,
+    })
+
+
+def groupvit(arg: str, *, parts: tuple[str, ...] = ()) -> ConfigDict:
+    """GroupViT on image-text pairs in WebDataset shards: the recipe of the SimCon paper.
+
+    `arg` is LOSS or LOSS,data.root. `parts` are folders below data.root that are trained on
+    together; none is data.root itself. Evaluated on VOC 2012 below data.test_root.
+    """
+    name, _, root = arg.partition(",")
+    config = simcon(base(), name or "mv_simcon")
+    config.model.update({"architecture": "groupvit", "pretrained": "random"})
+    config.data.update({
+        "dataset": "mixture" if parts else "webdataset", "root": root,
+        "image_size": 224, "text_length": 77, "batch_size": 2048, "augment": "groupvit",
+        "test_dataset": "voc_segmentation", "max_bad_fraction": 0.02,
+    })
+    if parts:
+        config.data.options.parts = tuple(
+            ConfigDict({"dataset": "webdataset", "root": part}) for part in parts
+        )
+    config.optimizer.update({
+        "learning_rate": 1.6e-3, "schedule": "cosine", "warmup_epochs": 2.0, "warmup_rate": 4e-6,
+        "end_rate": 4e-5, "weight_decay": 0.05, "decay": ("kernel$", "embedding$"), "clip": 5.0,
+    })
+    config.train.update({"epochs": 30, "log_every": 50, "checkpoint_every": 1000})
+    config.evaluate.update({"kinds": ("segmentation",), "batch_size": 256})
     return config

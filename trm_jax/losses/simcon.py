@@ -198,7 +198,8 @@ def _streaming(settings, images, text, where, scale, limit, *, columns, block, m
     if missing:
         images = tuple(jnp.pad(x, ((0, missing), (0, 0))) for x in images)
         text, where = jnp.pad(text, ((0, missing), (0, 0))), jnp.pad(where, (0, missing))
-    losses, counts = simcon_streaming.anchor_losses(plan, images, text, where, scale, limit)
+    both: Any = simcon_streaming.anchor_losses(plan, images, text, where, scale, limit)
+    losses, counts = both
     return losses[:, :size], counts[:, :size]
 
 
@@ -213,15 +214,14 @@ def _dense(settings: Settings, images, text, where, scale, limit) -> tuple[Array
     texts = _similarities(text, text)
     near = [own] * len(images)
     near_text = own
+    inner: list[Any] = [None] * len(images)
     if settings.intra:
         inner = [_similarities(z, z) for z in images]
         near = [own | (counts & (s >= limit)) for s in inner]  # Eq. 5
         near = [near[0] | near[-1]] * len(images) if settings.joint else near  # Eq. 8
         near_text = own | (counts & (texts >= limit))
-    else:
-        inner = [None] * len(images)
     # (S^IT or S^TI, S^II or S^TT, positives) of each kind of anchors.
-    kinds = [*zip(cross, inner, near, strict=True)]
+    kinds: list[Any] = list(zip(cross, inner, near, strict=True))
     kinds += [(s.T, texts if settings.intra else None, near_text) for s in cross]
     losses, numbers = [], []
     for other, same, positive in kinds:

@@ -9,7 +9,7 @@ A tile holds the pairs of a block of rows with a block of columns. Along its row
 anchors of the row block, along its columns those of the column block; no tile is ever transposed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -194,26 +194,30 @@ def _terms(
 
 def _gathered(terms: list[_Term], before: Stats, *, axis: int) -> Stats:
     """Stats with one more tile, summed along `axis`."""
-    after = [_gather(term, *(x[kind] for x in before), axis) for kind, term in enumerate(terms)]
-    return Stats(*(jnp.stack(column) for column in zip(*after, strict=True)))
+    after = [
+        _gather(term, Stats._make(x[kind] for x in before), axis) for kind, term in enumerate(terms)
+    ]
+    return Stats._make(jnp.stack(column) for column in zip(*after, strict=True))
 
 
-def _gather(term: _Term, peak, total, positive, count, axis: int):
+def _gather(term: _Term, before: Stats, axis: int) -> Stats:
     parts = [term.cross] if term.intra is None else [term.cross, term.intra]
-    highest = peak
+    peak = before.peak
     for part in parts:
-        highest = jnp.maximum(highest, part.max(axis))
-    total = total * jnp.exp(peak - highest)
-    # A column that has met only candidates that do not count has its peak at LOG_ZERO.
-    shift = jnp.expand_dims(jnp.maximum(highest, 0.5 * LOG_ZERO), axis)
+        peak = jnp.maximum(peak, part.max(axis))
+    # An anchor that has met only candidates that do not count has its peak at LOG_ZERO; lifted, so
+    # that their exponentials are 0 and not 1.
+    shift = jnp.expand_dims(jnp.maximum(peak, 0.5 * LOG_ZERO), axis)
+    total = before.total * jnp.exp(before.peak - peak)
     for part in parts:
         total = total + jnp.exp(part - shift).sum(axis)
-    both = parts[0] if term.intra is None else jnp.logaddexp(term.cross, term.intra)
-    positive = positive + jnp.where(term.positive, both, 0.0).sum(axis)
-    return highest, total, positive, count + term.positive.sum(axis).astype(count.dtype)
+    both = term.cross if term.intra is None else jnp.logaddexp(term.cross, term.intra)
+    positive = before.positive + jnp.where(term.positive, both, 0.0).sum(axis)
+    count = before.count + term.positive.sum(axis).astype(before.count.dtype)
+    return Stats(peak, total, positive, count)
 
 
-def _slopes(term: _Term, pulls: Pulls, kind: int, *, axis: int):
+def _slopes(term: _Term, pulls: Pulls, kind: int, *, axis: int) -> tuple[Array, Any]:
     """d loss / d logits of the anchors along `axis`: (cross [a, b], intra [a, b] or None)."""
     lse, push, pull = (jnp.expand_dims(x[kind], axis) for x in pulls)
     target = jnp.where(term.positive, pull, 0.0)

@@ -1,5 +1,10 @@
 """The methods by name. Each file builds one Method (trm_jax.types) and imports no other method."""
 
-from trm_jax.methods import contrastive, dualcoop, trm_ml
+from trm_jax.methods import contrastive, dualcoop, simcon, trm_ml
 
-MAKERS = {"trm_ml": trm_ml.make, "dualcoop": dualcoop.make, "contrastive": contrastive.make}
+MAKERS = {
+    "trm_ml": trm_ml.make,
+    "dualcoop": dualcoop.make,
+    "contrastive": contrastive.make,
+    "simcon": simcon.make,
+}

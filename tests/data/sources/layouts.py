@@ -4,6 +4,7 @@ import json
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from trm_jax.data.sources.voc import VOC_CLASSES
 
@@ -91,4 +92,55 @@ def make_coco(root, *, year="2017", num_train=7, num_test=4):
             path.write_text(json.dumps(table))
         for n in numbers:
             write_image(root / f"{part}{year}" / f"{n:012d}.jpg", n)
+    return root
+
+
+def write_mask(path, values, *, palette=True):
+    """A PNG of the integers `values` [h, w]; with a palette of random colours, else grey."""
+    values = np.asarray(values, np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values)
+    if palette:
+        # Colours that say nothing about the index: a reader of colours cannot pass.
+        colors = np.random.default_rng(0).integers(0, 256, 768, np.uint8)
+        image.putpalette(colors.tolist())
+    image.save(path)
+
+
+def write_photo(path, height, width, seed=0):
+    """A picture of noise, [height, width]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    assert cv2.imwrite(str(path), image)
+
+
+def make_masked_voc(root, masks, *, year="2012", lists="Segmentation", folder="SegmentationClass"):
+    """root/VOCdevkit/VOC{year} with {"train": {name: values}, "val": ...}; returns that folder."""
+    devkit = root / "VOCdevkit" / f"VOC{year}"
+    (devkit / "ImageSets" / lists).mkdir(parents=True)
+    for part, items in masks.items():
+        (devkit / "ImageSets" / lists / f"{part}.txt").write_text("".join(f"{n}\n" for n in items))
+        for name, values in items.items():
+            write_photo(devkit / "JPEGImages" / f"{name}.jpg", *np.shape(values))
+            write_mask(devkit / folder / f"{name}.png", values)
+    return devkit
+
+
+def make_coco_objects(root, annotations, *, size=(8, 10)):
+    """root/annotations/instances_val2017.json and one photo of `size`, id 7, of three classes.
+
+    annotations: (category id, segmentation, iscrowd) each; ids of categories 1, 3 and 90.
+    """
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    names = {90: "toothbrush", 1: "person", 3: "car"}
+    content = {
+        "images": [{"id": 7, "file_name": "007.jpg", "height": size[0], "width": size[1]}],
+        "categories": [{"id": number, "name": name} for number, name in names.items()],
+        "annotations": [
+            {"id": k, "image_id": 7, "category_id": c, "segmentation": s, "iscrowd": crowd}
+            for k, (c, s, crowd) in enumerate(annotations)
+        ],
+    }
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    write_photo(root / "val2017" / "007.jpg", *size)
     return root

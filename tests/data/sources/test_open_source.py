@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 
+from tests.data.sources.layouts import (
+    make_coco_objects,
+    make_masked_voc,
+    write_image,
+    write_mask,
+    write_photo,
+)
 from trm_jax.data.sources import DATASETS, open_source
 from trm_jax.data.sources.base import Source
+from trm_jax.data.sources.subset import has_masks
 from trm_jax.types import UserError
 
 
@@ -37,3 +45,27 @@ def test_glyph_splits_share_no_scene():
     image = train.read(0)["image"]
     np.testing.assert_array_equal(image, again.read(0)["image"])
     assert (image != test.read(0)["image"]).any() and (image != other.read(0)["image"]).any()
+
+
+def test_masks_and_class_folders_open_by_name(tmp_path):
+    make_masked_voc(tmp_path, {"val": {"a": [[0, 15]]}})
+    lists = {"lists": "SegmentationContext", "folder": "SegmentationClassContext"}
+    make_masked_voc(tmp_path, {"val": {"a": [[0, 37]]}}, year="2010", **lists)
+    make_coco_objects(tmp_path, [])
+    write_photo(tmp_path / "images" / "a.jpg", 1, 2)
+    write_mask(tmp_path / "masks" / "a.png", [[0, 1]])
+    (tmp_path / "classes.txt").write_text("cat\n")
+    person = {"voc_segmentation": "person", "pascal_context": "person", "masks": "cat"}
+    for dataset in ("voc_segmentation", "pascal_context", "masks", "coco_object"):
+        source = open_source(dataset, "test", root=str(tmp_path))
+        assert isinstance(source, Source) and has_masks(source) and len(source) == 1
+        if dataset in person:
+            mask = source.semantic_mask(0).tolist()
+            assert mask == [[-1, source.class_names.index(person[dataset])]]
+    (tmp_path / "classes.txt").write_text("n01 tench\n")
+    write_image(tmp_path / "val" / "n01" / "a.jpg", 0)
+    folder = open_source("image_folder", "test", root=str(tmp_path))
+    assert isinstance(folder, Source) and folder.class_names == ("tench",)
+    assert not has_masks(folder)
+    with pytest.raises(UserError, match="'masks' has no option 'names'; it has background"):
+        open_source("masks", "test", root=str(tmp_path), names="voc")

@@ -1,10 +1,15 @@
 """Parts of a source, and the share that is held out."""
 
 import numpy as np
+import pytest
 
+from tests.data.sources.layouts import make_coco
 from trm_jax.data.partial_labels import observe
+from trm_jax.data.sources.base import MaskedSource
+from trm_jax.data.sources.coco import CocoImages
 from trm_jax.data.sources.glyphs import GlyphScenes
-from trm_jax.data.sources.subset import Subset, hold_out
+from trm_jax.data.sources.subset import Subset, has_masks, hold_out
+from trm_jax.types import UserError
 
 
 def test_a_subset_reads_the_examples_it_names():
@@ -14,6 +19,18 @@ def test_a_subset_reads_the_examples_it_names():
     np.testing.assert_array_equal(part.labels, scenes.labels[[7, 2]])
     np.testing.assert_array_equal(part.read(1)["image"], scenes.read(2)["image"])
     assert part.captions(0) == scenes.captions(7)
+
+
+def test_masks_are_seen_through_parts(tmp_path):
+    scenes = GlyphScenes(0, 12, image_size=32)
+    part = Subset(Subset(scenes, [7, 2, 5]), [2])
+    assert isinstance(scenes, MaskedSource) and has_masks(scenes) and has_masks(part)
+    np.testing.assert_array_equal(part.semantic_mask(0), scenes.semantic_mask(5))
+    photos = CocoImages(make_coco(tmp_path), "test")
+    without = Subset(Subset(photos, [0, 1]), [1])
+    assert not has_masks(photos) and not has_masks(without)
+    with pytest.raises(UserError, match="no segmentation masks; choose another data.dataset"):
+        without.semantic_mask(0)
 
 
 def test_hold_out_splits_by_image_and_not_by_position():

@@ -5,15 +5,26 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.captions import open_flickr8k
+from trm_jax.data.sources.coco_object import open_coco_object
 from trm_jax.data.sources.features import CaptionedFeatures, open_coco_features
+from trm_jax.data.sources.image_folder import ImageFolder
 from trm_jax.data.sources.manifest import open_manifest
+from trm_jax.data.sources.mixture import Mixture, open_mixture
+from trm_jax.data.sources.pairs import PairRecords
 from trm_jax.data.sources.prepared import open_coco, open_voc
+from trm_jax.data.sources.segmentation import (
+    open_mask_folder,
+    open_pascal_context,
+    open_voc_segmentation,
+)
 from trm_jax.data.sources.tfds import TfdsImages
+from trm_jax.data.sources.webdataset import WebDataset
 from trm_jax.types import UserError
 
 
@@ -21,7 +32,8 @@ def open_source(dataset: str, split: str, *, root: str = "", **options) -> Sourc
     """Opens one split of a dataset.
 
     dataset: a key of `DATASETS`. split: "train" or "test"; "dev" where the dataset has one.
-    root:    the folder (manifest: the file; tfds: its data_dir) of the data; glyphs needs none.
+    root:    the folder (manifest: the file; tfds: its data_dir) of the data; glyphs needs none, nor
+      does a mixture.
     options: keyword arguments of the dataset's opener.
     Raises UserError for an unknown dataset, split or option, and for missing or broken files.
     """
@@ -39,7 +51,7 @@ def open_source(dataset: str, split: str, *, root: str = "", **options) -> Sourc
         if name not in accepted:
             known = ", ".join(accepted) or "none"
             raise UserError(f"dataset '{dataset}' has no option '{name}'; it has {known}")
-    if dataset != "glyphs" and not root:
+    if dataset not in _ROOTLESS and not root:
         raise UserError(f"data.root is empty; dataset '{dataset}' needs the place of its files")
     return opener(os.path.expanduser(root), split, **options)
 
@@ -77,6 +89,11 @@ def _open_glyphs(
     )
 
 
+def _open_mixture(root: str | Path, split: str, *, parts: Any = ()) -> Mixture:
+    """Image-text pairs of several datasets; `root` is where the parts' relative roots start."""
+    return open_mixture(parts, split, root=root, open_part=open_source)
+
+
 DATASETS: dict[str, Callable[..., Source]] = {
     "glyphs": _open_glyphs,
     "coco": open_coco,
@@ -86,9 +103,18 @@ DATASETS: dict[str, Callable[..., Source]] = {
     "coco_features": open_coco_features,
     "flickr8k": open_flickr8k,
     "flickr8k_features": CaptionedFeatures,
+    "voc_segmentation": open_voc_segmentation,
+    "pascal_context": open_pascal_context,
+    "coco_object": open_coco_object,
+    "masks": open_mask_folder,
+    "image_folder": ImageFolder,
+    "webdataset": WebDataset,
+    "pairs": PairRecords,
+    "mixture": _open_mixture,
 }
 _SPLITS = {
     "flickr8k": ("train", "dev", "test"),
     "flickr8k_features": ("train", "dev", "test"),
 }
+_ROOTLESS = ("glyphs", "mixture")
 _FIXED = ("root", "split")

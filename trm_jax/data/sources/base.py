@@ -49,6 +49,20 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class MaskedSource(Source, Protocol):
+    """A source that knows the class of every pixel; `subset.has_masks` tells whether one does."""
+
+    def semantic_mask(self, index: int) -> np.ndarray:
+        """int16 [h, w], as large as the upright image: an index into class_names per pixel.
+
+        -1 is the background, of no class; -2 marks pixels that no metric counts. Raises
+        BadSampleError for an unreadable file, UserError for a mask that does not fit its image or
+        its classes.
+        """
+        ...
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """Decodes an image file to uint8 [h, w, 3] RGB, see `decode_image`.
 

@@ -160,7 +160,7 @@ def _choose_layout(draw: Callable[[], float], classes: Sequence[int], scale: flo
 
 
 class GlyphScenes:
-    """Random access to the glyph scenes (seed, 0) ... (seed, size - 1); a `Source`.
+    """Random access to the glyph scenes (seed, 0) ... (seed, size - 1); a `MaskedSource`.
 
     Splits are made by different seeds. The categories, their themes and affinities, hence the
     label correlations, are the same for all seeds.
@@ -256,7 +256,7 @@ class GlyphScenes:
         return masks & (in_front == 0)
 
     def semantic_mask(self, index: int) -> np.ndarray:
-        """int16 [S, S]: the category of each pixel, -1 on the background."""
+        """int16 [S, S]: the category of each pixel, -1 on the background; see `MaskedSource`."""
         semantic = np.full((self.image_size, self.image_size), -1, np.int16)
         for mask, item in zip(self.masks(index), self.scene(index).objects, strict=True):
             semantic[mask] = item.category

@@ -1,0 +1,15 @@
+"""GroupViT on CC3M, CC12M, RedCaps12M and YFCC14M together by any of the losses.
+
+python launch/train.py --config=configs/groupvit_41m.py:mv_simcon --workdir=runs/groupvit_41m \
+    --config.data.root=PATH --config.data.test_root=PATH/TO/VOCdevkit
+
+`data.root` holds the folders cc3m, cc12m, redcaps12m, yfcc14m of tar
+shards. VOC 2012 is evaluated at the end.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ""):
+    """`arg` is the loss: mv_simcon (default), simcon or infonce; LOSS,FOLDER also sets the root."""
+    return common.groupvit(arg, parts=("cc3m", "cc12m", "redcaps12m", "yfcc14m"))
