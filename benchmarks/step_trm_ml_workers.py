@@ -214,7 +214,7 @@ def _step(config, method, pretrained, batch):
         settings.name, schedule, trained, weight_decay=settings.weight_decay,
         decay=tuple(settings.decay), clip=settings.clip, b2=settings.b2,
     )  # fmt: skip
-    sums = step.zero_sums(method, params, extras, batch, key)
+    sums = state.zero_sums(method, params, extras, batch, key)
     current = state.create(trained, frozen, extras, optimizer, ema=False, sums=sums)
     frozen, current = current.frozen, current.replace(frozen=None)
     function = step.make_train_step(method, optimizer, key=key)

@@ -356,3 +356,22 @@ def groupvit(arg: str, *, parts: tuple[str, ...] = ()) -> ConfigDict:
     config.train.update({"epochs": 30, "log_every": 50, "checkpoint_every": 1000})
     config.evaluate.update({"kinds": ("segmentation",), "batch_size": 256})
     return config
+
+
+def groupvit_glyphs(image_size: int) -> ConfigDict:
+    """A GroupViT small enough for a CPU: 64 tokens of width 96, 16 groups, then 8."""
+    return ConfigDict({
+        "embed_dim": 96,
+        "projector_hidden": 384,
+        "dense_pos_embed": False,
+        "image": {
+            "kind": "groupvit", "patch_size": image_size // 8, "width": 96, "heads": 3,
+            "depths": (2, 1, 1), "group_tokens": (16, 8, 0), "output_groups": (16, 8, 0),
+            "drop_path": 0.0, "image_size": image_size,
+            "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25),
+        },
+        "text": {
+            "vocab_size": 0, "context_length": 32, "width": 96, "heads": 3, "layers": 2,
+            "activation": "quick_gelu", "eos_id": 0,
+        },
+    })

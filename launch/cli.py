@@ -15,7 +15,9 @@ if ROOT not in sys.path:
 from absl import flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
+from trm_jax.train import distributed  # noqa: E402
 from trm_jax.train.preemption import EXIT_CODE, Preempted  # noqa: E402
+from trm_jax.train.roll_call import Missing  # noqa: E402
 from trm_jax.types import UserError  # noqa: E402
 
 
@@ -31,6 +33,18 @@ def define_config(required: bool = True) -> None:
         flags.mark_flag_as_required("config")
 
 
+def define_processes() -> None:
+    """Adds --start_timeout, for commands that several processes can run together."""
+    flags.DEFINE_float(
+        "start_timeout", 300.0, "Seconds until all processes must be there", lower_bound=0.0
+    )
+
+
+def join_processes() -> None:
+    """Joins the other processes of the run, if there are any; before jax sees a device."""
+    distributed.initialize(flags.FLAGS["start_timeout"].value)
+
+
 def no_arguments(arguments: Sequence[str]) -> None:
     """Raises UserError if there are words on the command line that are no flags."""
     if arguments:
@@ -41,27 +55,28 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
     """Parses the flags, calls `main` with the other words and exits.
 
     0: done; 2: the user's mistake, told in one line; 75: stopped by a signal after a checkpoint;
-    1: anything else.
+    1: anything else. What ends one process of several ends them all.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     if argv is not None:
         sys.argv = list(argv)  # where ml_collections looks for the overrides of config fields
-    code = 0
+    code, reason = 0, ""
     try:
         main(_parse(sys.argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code, reason = 2, str(error)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
-        code = EXIT_CODE
-    except FloatingPointError as error:
+        code, reason = EXIT_CODE, str(stopped)
+    except (FloatingPointError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except Exception:  # noqa: BLE001 (the exit code must not depend on absl's handlers)
+        code, reason = 1, str(error)
+    except Exception as error:  # noqa: BLE001 (the exit code must not depend on absl's handlers)
         traceback.print_exc()
-        code = 1
+        code, reason = 1, f"{type(error).__name__}: {_one_line(error)}"
     sys.stdout.flush()
+    distributed.leave(code, reason)
     if code:
         sys.exit(code)
 

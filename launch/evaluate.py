@@ -6,17 +6,21 @@ python launch/evaluate.py --config=configs/demo.py --workdir=runs/demo
 import cli
 from absl import flags
 
-from trm_jax.train import runner
+from trm_jax.train import distributed, runner
 
 cli.define_config()
+cli.define_processes()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
 
 
 def main(arguments: list[str]) -> None:
     """Prints the metrics, one a line."""
     cli.no_arguments(arguments)
-    for name, value in runner.evaluate(flags.FLAGS.config, _WORKDIR.value).items():
-        print(f"{name} {value:.4g}")
+    cli.join_processes()
+    values = runner.evaluate(flags.FLAGS.config, _WORKDIR.value)
+    if distributed.is_first():
+        for name, value in values.items():
+            print(f"{name} {value:.4g}")
 
 
 if __name__ == "__main__":

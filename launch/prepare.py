@@ -1,29 +1,43 @@
-"""Prepares COCO or VOC for training: ArrayRecord files, every image decoded once and checked.
+"""Prepares data for training: ArrayRecord files, every image decoded once and checked.
 
 python launch/prepare.py --dataset=coco --source=COCO --out=prepared/coco2014 --year=2014
+python launch/prepare.py --dataset=pairs --source=webdataset:/data/cc3m --out=prepared/cc3m
+
+"pairs" are images with captions of any dataset that has both, written as DATASET:ROOT; what cannot
+be used is left out and counted.
 
 Afterwards data.root may be the folder --out. A preparation that was interrupted starts anew.
 """
 
+import json
 import sys
+from typing import Any
 
 import cli
 from absl import flags
 from tqdm import tqdm
 
-from trm_jax.data import prepare
+from trm_jax.data import prepare, prepare_pairs
 from trm_jax.train.preemption import Preempted, StopRequest
 from trm_jax.types import UserError
 
 _DATASET = flags.DEFINE_enum(
-    "dataset", None, prepare.DATASETS, "What the source holds", required=True
+    "dataset", None, (*prepare.DATASETS, prepare_pairs.DATASET), "What to make", required=True
 )
 _SOURCE = flags.DEFINE_string(
-    "source", None, "Folder of the dataset in its official layout", required=True
+    "source",
+    None,
+    "Folder of the dataset in its official layout; of pairs DATASET:ROOT, as webdataset:/data/cc3m",
+    required=True,
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to make", required=True)
 _YEAR = flags.DEFINE_string("year", "", "Of the dataset; by default the one that the source holds")
-_SPLIT = flags.DEFINE_list("split", ["train", "test"], "train, test or both")
+_SPLIT = flags.DEFINE_list(
+    "split", [], "train, test or both; by default both, of pairs the training split alone"
+)
+_OPTIONS = flags.DEFINE_string(
+    "options", "{}", 'Of pairs: data.options of the source as JSON, {"caption_key": "caption"}'
+)
 _SKIP_BAD = flags.DEFINE_boolean("skip_bad", False, "Leave out images that cannot be decoded")
 _CHECK_COUNTS = flags.DEFINE_boolean(
     "check_counts", True, "Refuse a whole split whose labels are not those published"
@@ -65,23 +79,16 @@ class Progress:
 def main(arguments: list[str]) -> None:
     """Prepares the dataset and says what it holds."""
     cli.no_arguments(arguments)
-    splits = [name for name in ("train", "test") if name in _SPLIT.value]
-    unknown = sorted(set(_SPLIT.value) - set(splits))
+    pairs = _DATASET.value == prepare_pairs.DATASET
+    wanted = _SPLIT.value if _SPLIT.present else (["train"] if pairs else ["train", "test"])
+    splits = [name for name in ("train", "test") if name in wanted]
+    unknown = sorted(set(wanted) - set(splits))
     if unknown or not splits:
         raise UserError(f"--split={','.join(unknown)}: it is train, test or train,test")
     with StopRequest() as stop:
         progress = Progress(stop)
         try:
-            metadata, there = prepare.prepare(
-                _DATASET.value,
-                _SOURCE.value,
-                _OUT.value,
-                year=_YEAR.value,
-                splits=splits,
-                skip_bad=_SKIP_BAD.value,
-                check_counts=_CHECK_COUNTS.value,
-                report=progress,
-            )
+            metadata, there = (_prepare_pairs if pairs else _prepare)(splits, progress)
         except UserError as error:
             # The readers speak of a run's fields, this command has flags.
             text = str(error).replace("data.root", "--source").replace("data.options.", "--")
@@ -89,11 +96,44 @@ def main(arguments: list[str]) -> None:
         finally:
             progress.close()
     for name, facts in metadata["splits"].items():
-        _describe(name, facts, prepare.official_images(metadata["dataset"], metadata["year"], name))
+        if pairs:
+            _describe_pairs(name, facts)
+        else:
+            whole = prepare.official_images(metadata["dataset"], metadata["year"], name)
+            _describe(name, facts, whole)
     verb = "holds this already; nothing to do" if there else "is ready"
+    year = "" if pairs else f"--config.data.options.year={metadata['year']} "
     print(
         f"{_OUT.value} {verb}: --config.data.dataset={metadata['dataset']} "
-        f"--config.data.options.year={metadata['year']} --config.data.root={_OUT.value}"
+        f"{year}--config.data.root={_OUT.value}"
+    )
+
+
+def _prepare(splits: list[str], progress: Progress) -> tuple[dict[str, Any], bool]:
+    return prepare.prepare(
+        _DATASET.value,
+        _SOURCE.value,
+        _OUT.value,
+        year=_YEAR.value,
+        splits=splits,
+        skip_bad=_SKIP_BAD.value,
+        check_counts=_CHECK_COUNTS.value,
+        report=progress,
+    )
+
+
+def _prepare_pairs(splits: list[str], progress: Progress) -> tuple[dict[str, Any], bool]:
+    dataset, colon, root = _SOURCE.value.partition(":")
+    if not colon:
+        raise UserError(f"--source={_SOURCE.value}: for pairs it is DATASET:ROOT")
+    try:
+        options = json.loads(_OPTIONS.value)
+    except ValueError as error:
+        raise UserError(f"--options={_OPTIONS.value} is not JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"--options={_OPTIONS.value} is no JSON object")
+    return prepare_pairs.prepare_pairs(
+        dataset, root, _OUT.value, options=options, splits=splits, report=progress
     )
 
 
@@ -105,6 +145,14 @@ def _describe(name: str, facts: dict, whole: int) -> None:
         + (f", {len(facts['skipped'])} skipped" if facts["skipped"] else "")
         + f", {facts['labelled']:,} with a label, {sum(facts['positives'].values()):,} positives, "
         + f"{facts['captions']:,} captions, sha256 {facts['sha256']}"
+    )
+
+
+def _describe_pairs(name: str, facts: dict) -> None:
+    """A line about one split of pairs."""
+    print(
+        f"{name}: {facts['images']:,} images, {facts['captions']:,} captions, "
+        f"{facts['skipped']:,} skipped, sha256 {facts['sha256']}"
     )
 
 

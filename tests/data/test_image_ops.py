@@ -169,3 +169,28 @@ def test_fill_leaves_its_input_alone():
     assert np.all(filled[2:7, 1:4] == [1, 2, 3])
     assert (filled != before).any(axis=-1).sum() <= 15
     np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.3, 2.1, 3.4, 5.5])
+def test_bilinear_resize_is_near_pils(factor):
+    side = 48
+    image = _photo(round(side * factor), round(side * factor * 1.2))
+    expected = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+    difference = np.abs(ops.resize_bilinear(image, side).astype(int) - expected)
+    assert difference.mean() < 1.0, difference.mean()
+
+
+def test_bilinear_resize_keeps_flat_images_and_the_mean():
+    flat = np.full((70, 31, 3), 77, np.uint8)
+    np.testing.assert_array_equal(ops.resize_bilinear(flat, 16), np.full((16, 16, 3), 77))
+    image = _photo(160, 160)
+    assert abs(ops.resize_bilinear(image, 20).mean() - image.mean()) < 0.5
+    np.testing.assert_array_equal(ops.resize_bilinear(image, 160), image)
+
+
+def test_solarize_add_moves_dark_values_only():
+    values = np.array([[[0, 50, 127], [128, 200, 255]]], np.uint8)
+    np.testing.assert_array_equal(
+        ops.solarize_add(values, 110), [[[110, 160, 237], [128, 200, 255]]]
+    )
+    np.testing.assert_array_equal(ops.posterize(values, 0), np.zeros_like(values))

@@ -35,6 +35,25 @@ def test_class_embeddings_are_the_normalised_mean_of_unit_vectors():
     assert all("{name}" in template for template in zero_shot.TEMPLATES)
 
 
+def test_class_embeddings_of_projections_averaged_before_they_are_normalised():
+    names, templates = ("cat", "dog"), ("a {name}.", "a very long photo of the {}")
+    got = zero_shot.class_embeddings(
+        _embed_text, _tokenizer, names, templates, length=40, normalize_first=False
+    )
+    for row, name in zip(got, names, strict=True):
+        vectors = _embed_text(_tokenizer([f"a {name}.", f"a very long photo of the {name}"], 40))
+        np.testing.assert_allclose(row, _unit(vectors.mean(axis=0)), atol=1e-6)
+        # Texts of other lengths have other norms: the two ensembles differ.
+        assert abs(row - _unit(_unit(vectors).mean(axis=0))).max() > 1e-2
+    single = [
+        zero_shot.class_embeddings(
+            _embed_text, _tokenizer, names, templates[:1], normalize_first=first
+        )
+        for first in (True, False)
+    ]
+    np.testing.assert_allclose(*single, atol=1e-6)
+
+
 def test_scores_against_numpy():
     rng = np.random.default_rng(1)
     classes, pooled = rng.normal(size=(3, 6)), rng.normal(size=(4, 6))

@@ -41,7 +41,7 @@ def test_the_table_lists_every_architecture_once_in_aligned_columns(capsys):
     )
     assert [line.split()[0] for line in lines] == list(architectures.ARCHITECTURES)
     where = header.index("hub repository")
-    assert all(line[where - 2 : where] == "  " and line[where] == "t" for line in lines)
+    assert all(line[where - 2 : where] == "  " and line[where] in "tn" for line in lines)
     row = "RN101         119,688,033    512    224  RN101.pt           timm/resnet101_clip.openai"
     assert row in lines
     assert "623,258,305   1024    448  RN50x64.pt" in out

@@ -16,7 +16,7 @@ def _start(optimizer, ema=0.0, freeze=("^base/",)):
     method = toy.method()
     params, extras = jax.tree.map(jnp.asarray, method.init(KEY, pretrained=None))
     trained, frozen = paths.split(params, freeze, field="optimizer.freeze")
-    sums = step.zero_sums(method, params, extras, toy.batch(0), KEY)
+    sums = state.zero_sums(method, params, extras, toy.batch(0), KEY)
     return state.create(trained, {}, extras, optimizer, ema=ema > 0, sums=sums), frozen
 
 

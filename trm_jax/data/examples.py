@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from trm_jax.data.sources.base import Source
+from trm_jax.data.sources.lazy import captioned
 from trm_jax.data.tokenizers import Tokenizer
 from trm_jax.types import BadSampleError, UserError
 
@@ -136,15 +137,11 @@ class MultiLabelExamples:
         return _mark(sample, position, valid=False)
 
 
-def captioned(source: Source) -> np.ndarray:
-    """int32 [n]: positions of the examples of `source` that have at least one caption."""
-    return np.asarray([i for i in range(len(source)) if source.captions(i)], np.int32)
-
-
 class CaptionExamples:
     """Image and caption pairs for training: each visit of an image draws one of its captions.
 
     Images without a caption are left out; "index" is the position in the source all the same.
+    Where that is seen only when the caption is read (see sources/lazy.py), they are bad samples.
     Keys of a sample: the inputs as in MultiLabelExamples; tokens int32 [length].
     """
 
@@ -172,6 +169,8 @@ class CaptionExamples:
         """Inputs and one caption, drawn by `rng`."""
         index = int(self.indices[position])
         captions = self.source.captions(index)
+        if not captions:
+            raise BadSampleError(f"{self.source.ids[index]}: the caption is empty")
         # Drawn before the transform: the caption does not depend on how many numbers that draws.
         caption = captions[int(rng.integers(len(captions)))]
         sample = self._inputs.read(index, rng)

@@ -36,6 +36,11 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return num_examples // batch_size
 
 
+def position(place: int, num_examples: int, *, seed: int, epoch: int) -> int:
+    """The position of the example at `place` of the shuffled epoch; both in [0, num_examples)."""
+    return index_shuffle(place, max_index=num_examples - 1, seed=_epoch_seed(seed, epoch), rounds=4)
+
+
 def train_batches(
     examples: Examples,
     *,
@@ -104,13 +109,8 @@ class _TrainLoader:
         step = self.start_step + number // len(self.rows)
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         place = step_in_epoch * self.batch_size + self.rows[number % len(self.rows)]
-        position = index_shuffle(
-            place,
-            max_index=len(self.examples) - 1,
-            seed=_epoch_seed(self.seed, epoch),
-            rounds=4,
-        )
-        return _load(self.examples, position, (self.seed, epoch, place))
+        where = position(place, len(self.examples), seed=self.seed, epoch=epoch)
+        return _load(self.examples, where, (self.seed, epoch, place))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def prepare(
         return metadata, True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; give another --out")
-    with _workspace(out, sum(sum(split.sizes) for split in opened.values())) as workspace:
+    with whole_folder(out, sum(sum(split.sizes) for split in opened.values())) as workspace:
         folder = build(workspace, opened, report)
         _refuse_bad(opened.values(), skip_bad)
         metadata = {
@@ -179,7 +179,7 @@ def _file_hashes(root: Path, sources: Iterable[coco.CocoImages | voc.VocImages])
 
 
 @contextlib.contextmanager
-def _workspace(out: Path, num_bytes: int) -> Iterator[Path]:
+def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """An empty folder beside `out`, for this process alone; it is gone afterwards."""
     workspace = out.parent / f".{out.name}.incomplete"
     try:

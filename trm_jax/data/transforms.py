@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from trm_jax.data import image_ops as ops
+from trm_jax.data.rand_augment import rand_augment_increasing, random_erasing
 from trm_jax.types import UserError
 
 Generator = np.random.Generator
@@ -67,6 +68,30 @@ def flip_crop(image: np.ndarray, size: int, rng: Generator) -> np.ndarray:
     return ops.flip(image) if rng.random() < 0.5 else image
 
 
+def groupvit(image: np.ndarray, size: int, rng: Generator) -> np.ndarray:
+    """GroupViT's recipe (Xu et al. 2022), of the library timm.
+
+    A crop of 0.08 to 1 of the area, a flip half of the time, RandAugment "rand-m9-mstd0.5-inc1",
+    and random erasing with probability 1/4. The recipe's colour jitter is off under RandAugment.
+    """
+    image = random_resized_crop(image, size, rng, scale=(0.08, 1.0), resize=ops.resize_bilinear)
+    image = ops.flip(image) if rng.random() < 0.5 else image
+    return random_erasing(rand_augment_increasing(image, rng), rng)
+
+
+def center_crop(image: np.ndarray, size: int, rng: Generator) -> np.ndarray:
+    """ImageNet's evaluation: the short side to size * 256 / 224, the central square of it."""
+    del rng
+    # Cut to a square first: a strip would grow beyond all bounds with its short side.
+    square = _central(image, min(image.shape[:2]))
+    return _central(ops.resize(square, round(size * 256 / 224)), size)
+
+
+def _central(image: np.ndarray, side: int) -> np.ndarray:
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + side, left : left + side])
+
+
 def random_resized_crop(
     image: np.ndarray,
     size: int,
@@ -74,10 +99,12 @@ def random_resized_crop(
     *,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    resize: Callable[[np.ndarray, int], np.ndarray] | None = None,
 ) -> np.ndarray:
     """A crop of `scale` of the area with an aspect `ratio` (log-uniform), squashed to a square.
 
-    After ten crops that do not fit: the central crop of the nearest allowed aspect.
+    After ten crops that do not fit: the central crop of the nearest allowed aspect. `resize` is
+    that of image_ops, bicubic, by default.
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -94,7 +121,7 @@ def random_resized_crop(
         crop_w = min(width, max(1, round(float(height * aspect))))
         crop_h = min(height, max(1, round(float(width / aspect))))
         left, top = (width - crop_w) // 2, (height - crop_h) // 2
-    return ops.resize(image[top : top + crop_h, left : left + crop_w], size)
+    return (resize or ops.resize)(image[top : top + crop_h, left : left + crop_w], size)
 
 
 def cutout(image: np.ndarray, rng: Generator, factor: float = 0.5) -> np.ndarray:
@@ -195,4 +222,6 @@ TRANSFORMS: dict[str, Callable[[np.ndarray, int, Generator], np.ndarray]] = {
     "tai": tai,
     "dualcoop": dualcoop,
     "flip_crop": flip_crop,
+    "groupvit": groupvit,
+    "center_crop": center_crop,
 }

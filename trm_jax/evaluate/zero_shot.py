@@ -32,8 +32,9 @@ def class_embeddings(
     templates: Sequence[str] = TEMPLATES,
     *,
     length: int = 77,
+    normalize_first: bool = True,
 ) -> np.ndarray:
-    """One unit vector per class: the normalised mean of its templates' unit vectors (CLIP, 3.1.4).
+    """One unit vector per class: the normalised mean over its templates (CLIP, 3.1.4).
 
     Args:
         embed_text: tokens [m, length] int32 -> [m, d]; called once per template with m = C, so a
@@ -42,6 +43,9 @@ def class_embeddings(
         class_names: C names as they are written into the templates.
         templates: texts with one "{name}" (or "{}") each.
         length: tokens per text, at most the tower's context length.
+        normalize_first: the mean is of unit vectors, as OpenAI's notebook has it. False: of the
+            vectors as `embed_text` gives them, as GroupViT and SimCon have it; then `embed_text`
+            must give projections that are not normalised, or it makes no difference.
 
     Returns:
         [C, d] float32.
@@ -58,7 +62,8 @@ def class_embeddings(
         if place not in template:
             raise UserError(f"the template '{template}' has no {{name}}")
         tokens = tokenizer([template.replace(place, name) for name in class_names], length)
-        total = total + _unit(np.asarray(jax.device_get(embed_text(tokens)), np.float32))
+        vectors = np.asarray(jax.device_get(embed_text(tokens)), np.float32)
+        total = total + (_unit(vectors) if normalize_first else vectors)
     return _unit(np.asarray(total))
 
 

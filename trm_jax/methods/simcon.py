@@ -251,7 +251,7 @@ def _embed_image(parts: _Parts, params, extras, batch: Batch):
 
 def _embed_text(parts: _Parts, params, extras, batch: Batch):
     text, _ = _apply(parts, params, extras, "encode_text", batch["tokens"])
-    return {"embedding": normalize(text)}
+    return {"embedding": normalize(text), "projection": text}
 
 
 def _segments(parts: _Parts, params, extras, batch: Batch):

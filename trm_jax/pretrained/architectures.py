@@ -1,4 +1,4 @@
-"""OpenAI's nine CLIP models: their architectures, their sizes, and where their weights are."""
+"""OpenAI's nine CLIP models and GroupViT: architectures, sizes, and where their weights are."""
 
 from typing import Any, NamedTuple
 
@@ -46,7 +46,14 @@ def _vit(patch_size: int, width: int, layers: int, image_size: int = 224) -> dic
     }
 
 
-# Radford et al. 2021, Tables 19 and 20.
+def _groupvit() -> dict[str, Any]:
+    """NVlabs' GroupViT-S: the published configuration, with the pixels it was trained on."""
+    config = _clip(256, {}, text_width=256)
+    image = {"kind": "groupvit", "patch_size": 16, "image_size": 224}
+    return {**config, "projector_hidden": 4096, "image": image}
+
+
+# Radford et al. 2021, Tables 19 and 20; Xu et al. 2022, section 4.1.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "RN50": _clip(1024, _resnet((3, 4, 6, 3), 64, 224)),
     "RN101": _clip(512, _resnet((3, 4, 23, 3), 64, 224)),
@@ -57,6 +64,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ViT-B/16": _clip(512, _vit(16, 768, 12)),
     "ViT-L/14": _clip(768, _vit(14, 1024, 24), 768),
     "ViT-L/14-336": _clip(768, _vit(14, 1024, 24, 336), 768),
+    "groupvit": _groupvit(),
 }
 # Ends the name of the same towers with GELU, which OpenCLIP's own training uses and shapes hide.
 GELU = "-gelu"
@@ -69,9 +77,10 @@ class Published(NamedTuple):
 
     Attributes:
       parameters: of both towers and the logit scale, without BatchNorm's running statistics.
-      openai_file: the name of OpenAI's TorchScript archive.
+      openai_file: the name of OpenAI's TorchScript archive; "" for a model of others.
       openai_sha256: of that file; OpenAI's download address contains it.
-      repository: on the Hugging Face hub, with the weights as safetensors by OpenCLIP's names.
+      repository: on the Hugging Face hub, with the weights as safetensors by OpenCLIP's names, or
+        a GroupViT's by transformers'.
       revision: the commit that is fetched; None where none is known: then the branch "main".
       sha256: of the safetensors file at that commit.
     """
@@ -149,8 +158,11 @@ PUBLISHED = {
         "81e38efc4637de5023b10e75a7f9bd1c6fa6b010",
         "fbc415c3d0d7b79faed8f5ccfb740c32b7c4f5ffe7283b851f89c6231c01a8e0",
     ),
+    "groupvit": Published(55_726_609, "", "", "nvidia/groupvit-gcc-yfcc"),
 }
 HUB = {name: published.repository for name, published in PUBLISHED.items()}
+# Further weights of a known architecture: they are found by their repository, not by its name.
+OTHER_WEIGHTS = {"nvidia/groupvit-gcc-redcaps": "groupvit"}
 
 
 def known_name(name: str) -> str | None:
@@ -169,7 +181,8 @@ def architecture(name: str) -> dict[str, Any]:
     Raises:
       UserError: the name is unknown.
     """
-    known = known_name(name.removesuffix(GELU))
+    plain = name.removesuffix(GELU)
+    known = OTHER_WEIGHTS.get(plain, known_name(plain))
     if known is None:
         raise UserError(
             f"model.architecture: {name!r} must be one of {', '.join(ARCHITECTURES)}, or one of "

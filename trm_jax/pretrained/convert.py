@@ -6,6 +6,8 @@ Two namings are read: OpenAI's, which OpenCLIP kept ("visual.layer1.0.conv1.weig
 numbers without arithmetic, so a float32 round trip is bit-exact.
 
 Names map one to one, but for in_proj, which stacks q_proj, k_proj and v_proj of our blocks.
+
+A GroupViT goes by the names of transformers' GroupViTModel throughout (see `convert_groupvit`).
 """
 
 import re
@@ -17,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from trm_jax.models.clip import towers
+from trm_jax.pretrained import convert_groupvit
 from trm_jax.pretrained.lazy import LazyArray
 from trm_jax.types import PyTree, UserError
 
@@ -82,6 +85,8 @@ def _torch_name(path: Path) -> str:
 
 def _places(leaves: Mapping[Path, Any]) -> dict[str, list[Path]]:
     """OpenCLIP's names -> the variables they are made of: one, or query, key and value."""
+    if convert_groupvit.has_groups(leaves):
+        return {convert_groupvit.name_of(path): [path] for path in leaves}
     places: dict[str, list[Path]] = {}
     for path in leaves:
         places.setdefault(_torch_name(path), []).append(path)
@@ -91,21 +96,27 @@ def _places(leaves: Mapping[Path, Any]) -> dict[str, list[Path]]:
     }
 
 
-def _to_ours(path: Path, array: np.ndarray) -> np.ndarray:
+def _to_ours(name: str, path: Path, array: np.ndarray) -> np.ndarray:
+    if convert_groupvit.has_batch_axis(name):
+        array = array[0]
     if path[-1] == "kernel":
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
         return np.array(array, np.float32, order="C")
 
 
-def _to_torch(path: Path, array: Any) -> np.ndarray:
+def _to_torch(name: str, path: Path, array: Any) -> np.ndarray:
     array = np.asarray(array)
+    if convert_groupvit.has_batch_axis(name):
+        array = array[None]
     if path[-1] == "kernel":
         array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
     return np.array(array, order="C")
 
 
-def _torch_shape(paths: list[Path], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _torch_shape(name: str, paths: list[Path], shape: tuple[int, ...]) -> tuple[int, ...]:
+    if convert_groupvit.has_batch_axis(name):
+        return (1, *shape)
     if paths[0][-1] == "kernel":
         shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
     return (len(paths) * shape[0], *shape[1:]) if len(paths) > 1 else shape
@@ -158,10 +169,13 @@ def check_finite(name: str, array: np.ndarray, what: str) -> None:
 def openclip_names(state: Mapping[str, Any]) -> dict[str, Any]:
     """`state` under OpenCLIP's names, whether it had those or transformers', without counters.
 
+    A GroupViT keeps transformers' names.
+
     Args:
       state: name -> array, or anything with shape and dtype that `numpy.asarray` reads.
     """
-    if any(name.startswith("vision_model.") for name in state):
+    is_clip = not convert_groupvit.is_groupvit(state)
+    if is_clip and any(name.startswith("vision_model.") for name in state):
         state = _renamed(state)
     return {name: array for name, array in state.items() if not _IGNORED.fullmatch(name)}
 
@@ -192,10 +206,14 @@ def _stacked(arrays: list[Any]) -> LazyArray:
 
 
 def openclip_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the OpenCLIP state dict of the towers that `config` describes."""
+    """Name -> shape of the OpenCLIP state dict of the towers that `config` describes.
+
+    Of a GroupViT: of transformers' state dict.
+    """
     specs = flatten(towers.abstract_variables(config))
     return {
-        name: _torch_shape(paths, specs[paths[0]].shape) for name, paths in _places(specs).items()
+        name: _torch_shape(name, paths, specs[paths[0]].shape)
+        for name, paths in _places(specs).items()
     }
 
 
@@ -209,7 +227,8 @@ def from_openclip(
 
     Args:
       state: name -> array of any float dtype, or anything with shape and dtype that
-        `numpy.asarray` reads, by OpenAI's and OpenCLIP's names; counters and buffers are ignored.
+        `numpy.asarray` reads, by OpenAI's and OpenCLIP's names, or transformers' of a GroupViT;
+        counters and buffers are ignored.
       config: see `trm_jax.models.clip.config.validate`.
       what: how messages call the weights.
 
@@ -220,15 +239,17 @@ def from_openclip(
     state = {name: array for name, array in state.items() if not _IGNORED.fullmatch(name)}
     specs = flatten(towers.abstract_variables(config))
     places = _places(specs)
+    if convert_groupvit.is_groupvit(state) and not convert_groupvit.has_groups(specs):
+        raise UserError(f"{what} are those of a GroupViT; set model.architecture=groupvit")
     check_names(set(state), set(places), what)
     for name, paths in places.items():
-        check_tensor(name, state[name], _torch_shape(paths, specs[paths[0]].shape), what)
+        check_tensor(name, state[name], _torch_shape(name, paths, specs[paths[0]].shape), what)
     leaves = {}
     for name, paths in places.items():
         array = np.asarray(state[name])
         parts = np.split(array, len(paths)) if len(paths) > 1 else [array]
         for path, part in zip(paths, parts, strict=True):
-            leaves[path] = _to_ours(path, part)
+            leaves[path] = _to_ours(name, path, part)
             check_finite(name, leaves[path], what)
     return unflatten({path: leaves[path] for path in specs})
 
@@ -246,15 +267,40 @@ def to_openclip(variables: PyTree) -> dict[str, np.ndarray]:
     """The OpenCLIP state dict (names, layouts) of tower variables; the dtype is kept.
 
     Raises:
-      UserError: the image tower is a feature projection, for which OpenCLIP has no names.
+      UserError: OpenCLIP has no names for the image tower (a feature projection, a GroupViT).
     """
     leaves = flatten(variables)
+    kind = None
     if ("params", "image", "ln", "scale") in leaves:
+        kind = "features"
+    elif convert_groupvit.has_groups(leaves):
+        kind = "groupvit"
+    if kind:
         raise UserError(
-            "model.clip.image.kind 'features' has no OpenCLIP form; save in our own format"
+            f"model.clip.image.kind '{kind}' has no OpenCLIP form; save in our own format"
         )
+    return _to_state(leaves)
+
+
+def to_transformers(variables: PyTree) -> dict[str, np.ndarray]:
+    """The state dict of transformers' GroupViTModel, without counters; the dtype is kept.
+
+    Raises:
+      UserError: these are no towers of a GroupViT with projectors.
+    """
+    leaves = flatten(variables)
+    is_groupvit = convert_groupvit.has_groups(leaves)
+    if not is_groupvit or ("params", "image_projector", "bn", "scale") not in leaves:
+        raise UserError(
+            "only a GroupViT with model.clip.projector_hidden has the form of transformers' "
+            "GroupViTModel; save in our own format"
+        )
+    return _to_state(leaves)
+
+
+def _to_state(leaves: Mapping[Path, Any]) -> dict[str, np.ndarray]:
     state = {}
     for name, paths in _places(leaves).items():
-        arrays = [_to_torch(path, leaves[path]) for path in paths]
+        arrays = [_to_torch(name, path, leaves[path]) for path in paths]
         state[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
     return state

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from trm_jax.models.clip.config import validate
-from trm_jax.pretrained import convert
+from trm_jax.pretrained import convert, convert_groupvit
 from trm_jax.pretrained.architectures import ARCHITECTURES, GELU, architecture
 from trm_jax.types import UserError
 
@@ -32,36 +32,71 @@ def infer(shapes: Shapes) -> dict[str, Any]:
     """The validated configuration of the towers that a state dict belongs to.
 
     Three things leave no trace in shapes and are taken to be as in OpenAI's models: heads of 64
-    channels (one head, where 64 does not divide the width), QuickGELU (see `stated`), and the end
-    of text as the last word of the vocabulary.
+    channels (one head, where 64 does not divide the width), QuickGELU (see `stated`; in the image
+    tower of a GroupViT, GELU), and the end of text as the last word of the vocabulary.
 
     Args:
-      shapes: of the tensors by OpenCLIP's names.
+      shapes: of the tensors by OpenCLIP's names, or transformers' of a GroupViT.
 
     Raises:
       UserError: a tensor is missing without which the architecture cannot be told.
     """
     try:
+        if convert_groupvit.is_groupvit(shapes):
+            return validate(_groupvit(shapes))
         image = _vit(shapes) if "visual.class_embedding" in shapes else _resnet(shapes)
-        vocabulary, width = shapes["token_embedding.weight"]
-        return validate(
-            {
-                "embed_dim": shapes["text_projection"][1],
-                "image": image,
-                "text": {
-                    "vocab_size": vocabulary,
-                    "context_length": shapes["positional_embedding"][0],
-                    "width": width,
-                    "heads": _heads(width),
-                    "layers": _count(shapes, "transformer.resblocks"),
-                    "eos_id": vocabulary - 1,
-                },
-            }
+        text = _text(
+            shapes,
+            "token_embedding.weight",
+            "positional_embedding",
+            "transformer.resblocks",
         )
+        return validate({"embed_dim": shapes["text_projection"][1], "image": image, "text": text})
     except KeyError as error:
         raise UserError(f"these are no towers of CLIP: {error.args[0]} is missing") from None
     except (IndexError, ValueError):
         raise UserError("these are no towers of CLIP: a tensor has other axes than there") from None
+
+
+def _text(shapes: Shapes, tokens: str, positions: str, blocks: str) -> dict[str, Any]:
+    vocabulary, width = shapes[tokens]
+    return {
+        "vocab_size": vocabulary,
+        "context_length": shapes[positions][0],
+        "width": width,
+        "heads": _heads(width),
+        "layers": _count(shapes, blocks),
+        "eos_id": vocabulary - 1,
+    }
+
+
+def _groupvit(shapes: Shapes) -> dict[str, Any]:
+    embeddings, stages = "vision_model.embeddings.", "vision_model.encoder.stages"
+    width, _, patch_size, _ = shapes[f"{embeddings}patch_embeddings.projection.weight"]
+    numbers = range(_count(shapes, stages))
+    groups = [shapes.get(f"{stages}.{i}.downsample.mlp_inter.fc2.bias", (0,))[0] for i in numbers]
+    image = {
+        "kind": "groupvit",
+        "patch_size": patch_size,
+        "width": width,
+        "heads": _heads(width),
+        "depths": tuple(_count(shapes, f"{stages}.{i}.layers") for i in numbers),
+        "group_tokens": tuple(shapes.get(f"{stages}.{i}.group_token", (1, 0))[1] for i in numbers),
+        "output_groups": tuple(groups),
+        "image_size": patch_size * _side(shapes[f"{embeddings}position_embeddings"][1] + 1),
+    }
+    text = "text_model.embeddings."
+    return {
+        "embed_dim": shapes["visual_projection.3.weight"][0],
+        "projector_hidden": shapes["visual_projection.0.weight"][0],
+        "image": image,
+        "text": _text(
+            shapes,
+            f"{text}token_embedding.weight",
+            f"{text}position_embedding.weight",
+            "text_model.encoder.layers",
+        ),
+    }
 
 
 def _vit(shapes: Shapes) -> dict[str, Any]:
@@ -117,7 +152,7 @@ def named(config: dict[str, Any]) -> str | None:
 
 @functools.cache
 def shapes_of(name: str) -> Shapes:
-    """The shapes of a named architecture, by OpenCLIP's names."""
+    """The shapes of a named architecture, by OpenCLIP's names (a GroupViT's: transformers')."""
     return convert.openclip_shapes(ARCHITECTURES[name])
 
 
@@ -134,6 +169,8 @@ def nearest(shapes: Shapes) -> tuple[str, Difference] | None:
     """The named architecture that shares most tensors, and the rest; None if none shares half."""
     best, most = None, 0.5
     kind = "vit" if "visual.class_embedding" in shapes else "resnet"
+    if convert_groupvit.is_groupvit(shapes):
+        kind = "groupvit"
     for name, known in ARCHITECTURES.items():
         if known["image"]["kind"] != kind:
             continue

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trm_jax.models.clip import towers
-from trm_jax.pretrained import convert, files, hub, stated
+from trm_jax.pretrained import convert, convert_groupvit, files, hub, stated
 from trm_jax.pretrained.architectures import (
     ARCHITECTURES,
     GELU,
@@ -113,7 +113,7 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     known = known_name(name)
     if known is not None:
         openai = Path("~/.cache/clip").expanduser() / PUBLISHED[known].openai_file
-        if name not in HUB.values() and openai.exists():
+        if name not in HUB.values() and openai.is_file():
             return openai
         return hub.fetch(PUBLISHED[known].repository, PUBLISHED[known].revision)
     if known_name(name.removesuffix(GELU)):
@@ -280,19 +280,21 @@ def load(
 
 def _from_others(weights: files.Weights, config: dict[str, Any]) -> dict[str, PyTree]:
     state = convert.openclip_names(weights.tensors)
-    if "visual.conv1.weight" not in state:
+    if "visual.conv1.weight" not in state and not convert_groupvit.is_groupvit(state):
         raise UserError(
             f"model.pretrained: the tensor names of {weights.path} are neither trm_jax's, "
-            "OpenCLIP's nor transformers' CLIP; convert the file first"
+            "OpenCLIP's nor transformers' CLIP or GroupViT; convert the file first"
         )
     return convert.from_openclip(state, config, f"the weights of {weights.path}")
 
 
 def _from_own(weights: files.Weights, config: dict[str, Any]) -> dict[str, PyTree]:
-    # Where dense features add positions, and by which kernel attention runs, are choices of the
-    # reader, not of the weights.
+    # Where dense features add positions, by which kernel attention runs, and how often training
+    # drops a branch are choices of the reader, not of the weights.
     chosen = {field: config[field] for field in ("dense_pos_embed", "attention")}
     stored = parse_metadata(weights.metadata, weights.path)["config"] | chosen
+    if "drop_path" in stored["image"] and "drop_path" in config["image"]:
+        stored["image"] = stored["image"] | {"drop_path": config["image"]["drop_path"]}
     if differing := _differing(stored, config):
         raise UserError(f"{weights.path} was made for another model: it has {', '.join(differing)}")
     wanted = {

@@ -1,7 +1,7 @@
 """What no tensor tells of weights that others made: activations, and the scaling of pixels.
 
-OpenAI's are known. Of others the config file beside them says it: OpenCLIP's where the tensors
-have OpenCLIP's names, transformers' where they have transformers'.
+OpenAI's and NVIDIA's are known. Of others the config file beside them says it: OpenCLIP's where the
+tensors have OpenCLIP's names, transformers' where they have transformers'.
 """
 
 import json
@@ -9,10 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trm_jax.models.clip.config import CLIP_MEAN, CLIP_STD, validate
+from trm_jax.models.clip.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    validate,
+)
 from trm_jax.models.clip.transformer import ACTIVATIONS
 from trm_jax.pretrained import files, hub, identify
-from trm_jax.pretrained.architectures import HUB, published_as
+from trm_jax.pretrained.architectures import HUB, OTHER_WEIGHTS, PUBLISHED, published_as
 from trm_jax.types import UserError
 
 _OPENAI = {
@@ -21,6 +27,17 @@ _OPENAI = {
     "image.mean": CLIP_MEAN,
     "image.std": CLIP_STD,
 }
+# What NVlabs' program trained with. The hub's preprocessor_config.json says otherwise: it is that
+# of CLIP, with which the weights were converted.
+_NVIDIA = {
+    "image.activation": "gelu",
+    "text.activation": "quick_gelu",
+    "image.mean": IMAGENET_MEAN,
+    "image.std": IMAGENET_STD,
+}
+_NVIDIA_REPOSITORIES = {PUBLISHED["groupvit"].repository, *OTHER_WEIGHTS}
+# Activations (image, text) where transformers' config does not say them, by model type.
+_DEFAULTS = {"clip": ("quick_gelu", "quick_gelu"), "groupvit": ("gelu", "quick_gelu")}
 
 
 class Stated(NamedTuple):
@@ -43,7 +60,10 @@ def read(weights: files.Weights) -> Stated | None:
     """
     path = weights.path
     # What lies in OpenAI's repositories is OpenAI's at whatever commit.
-    if hub.commit(path).get("repository") in HUB.values() or published_as(files.sha256(path)):
+    repository = hub.commit(path).get("repository")
+    if repository in _NVIDIA_REPOSITORIES:
+        return Stated("NVIDIA's publication", _NVIDIA)
+    if repository in HUB.values() or published_as(files.sha256(path)):
         return Stated("OpenAI's publication", _OPENAI)
     if any(name.startswith("vision_model.") for name in weights.tensors):
         source, fields = hub.TRANSFORMERS_CONFIG, _transformers(path.parent)
@@ -68,16 +88,20 @@ def _openclip(folder: Path) -> dict[str, Any]:
 
 def _transformers(folder: Path) -> dict[str, Any]:
     content = _json(folder / hub.TRANSFORMERS_CONFIG)
-    if content.get("model_type") != "clip":
+    kind = content.get("model_type")
+    if kind not in _DEFAULTS:
         return {}  # of another library, such as timm, or of another model
     fields = {}
-    for tower, section in (("image", "vision_config"), ("text", "text_config")):
+    towers = (("image", "vision_config"), ("text", "text_config"))
+    for (tower, section), default in zip(towers, _DEFAULTS[kind], strict=True):
         # Old files have a second section, which transformers prefers as a whole.
         is_old = content.get(f"{section}_dict") is not None
         found = _section(content, f"{section}_dict" if is_old else section)
-        fields[f"{tower}.activation"] = found.get("hidden_act", "quick_gelu")
-    pixels = _json(folder / hub.PREPROCESSOR_CONFIG)
-    return fields | _pixels(pixels, "image_mean", "image_std")
+        fields[f"{tower}.activation"] = found.get("hidden_act", default)
+    pixels = _pixels(_json(folder / hub.PREPROCESSOR_CONFIG), "image_mean", "image_std")
+    if kind == "groupvit" and pixels.get("image.mean") == CLIP_MEAN:
+        pixels = {}  # copied from CLIP, see _NVIDIA
+    return fields | pixels
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -170,6 +194,8 @@ def _remedy(wrong: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     activations = [f"model.clip.{f}={v}" for f, v in wrong.items() if f.endswith("activation")]
     # The name says nothing of what a run may choose, nor of the scaling of pixels.
     image = {**wanted["image"], "mean": CLIP_MEAN, "std": CLIP_STD}
+    if image["kind"] == "groupvit":
+        image |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     plain = {**wanted, "dense_pos_embed": False, "attention": "xla", "image": image}
     if activations and (name := identify.named(plain)):
         activations = [f"model.architecture={name}"]
@@ -180,6 +206,12 @@ def assumption(config: Mapping[str, Any], path: Path) -> str:
     """The line on what is assumed of weights of which nothing is stated."""
     sections = (config["image"], config["text"])
     used = {section["activation"] for section in sections if "activation" in section}
+    if len(used) > 1:
+        listed = ", ".join(s["activation"] for s in sections)
+        return (
+            f"note: no config file beside {path} says its activations; {listed} (image, text) are "
+            "assumed, as configured"
+        )
     assumed, other, change = "QuickGELU", "GELU", "add -gelu to"
     if used == {"gelu"}:
         assumed, other, change = "GELU", "QuickGELU", "take -gelu off"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from trm_jax.train import distributed
 from trm_jax.types import Batch, UserError
 
 
@@ -26,13 +27,21 @@ class BadSamples:
         if valid.all():
             return
         self._positions.update(int(i) for i in np.asarray(batch["index"])[~valid])
+        self._check()
+
+    def share(self) -> None:
+        """Takes down the bad samples of all processes; all must call it, and all raise alike."""
+        self._positions = distributed.union(self._positions)
+        self._check()
+
+    def names(self) -> list[str]:
+        """The ids of the bad samples, in the order of the data."""
+        return [self._name_of(position) for position in sorted(self._positions)]
+
+    def _check(self) -> None:
         if len(self._positions) > self._max_fraction * self._total:
             raise UserError(
                 f"{len(self._positions)} of {self._total} samples are unreadable, "
                 f"more than data.max_bad_fraction={self._max_fraction}: "
                 f"{', '.join(self.names()[:8])}"
             )
-
-    def names(self) -> list[str]:
-        """The ids of the bad samples, in the order of the data."""
-        return [self._name_of(position) for position in sorted(self._positions)]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from trm_jax.train import paths
+from trm_jax.train import distributed, paths
 from trm_jax.train.state import TrainState
 from trm_jax.types import PyTree, UserError
 
@@ -106,6 +106,15 @@ def weights_hash(tree: PyTree) -> str:
         digest.update(f"{path} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def hash_frozen(frozen: PyTree, trained: PyTree) -> str:
+    """weights_hash(frozen); UserError on a process whose weights are not those of process 0."""
+    digest = weights_hash(frozen)
+    if jax.process_count() > 1:
+        hashes = {"trained": weights_hash(trained), "frozen": digest}
+        distributed.agree("first weights", hashes)
+    return digest
 
 
 def _saved(state: TrainState) -> dict[str, PyTree]:

@@ -12,6 +12,7 @@ from trm_jax.data import partial_labels, pipeline, sources
 from trm_jax.data.examples import MultiLabelExamples, entered
 from trm_jax.data.feature_cache import CachedFeatures, cache_key, data_hash, write_cache
 from trm_jax.data.sources.base import Source
+from trm_jax.data.sources.caption_shuffle import ShuffledCaptions
 from trm_jax.data.sources.subset import Subset, hold_out
 from trm_jax.data.transforms import ImageTransform, image_transform
 from trm_jax.train import checkpoints, sharding
@@ -25,26 +26,35 @@ _LABEL_OPTIONS = ("difficult", "check_counts", "allow_empty_classes", "unlisted"
 
 def open_data(data: ConfigDict) -> tuple[Source, Source, str]:
     """(training source, evaluation source, "test" or "val") of a config's data section."""
-    options = dict(data.options)
-    if data.dataset == "glyphs":
-        if data.train_size < 1:
-            raise UserError("data.train_size must be at least 1: glyph scenes are endless")
-        options |= {"train_size": data.train_size, "image_size": data.image_size}
-        options |= {"test_size": data.test_size} if data.test_size else {}
-    train = sources.open_source(data.dataset, "train", root=data.root, **options)
-    if data.dataset != "glyphs" and 0 < data.train_size < len(train):
-        train = Subset(train, range(data.train_size))
+    train = _part(data, data.dataset, "train", data.root, data.options.to_dict(), data.train_size)
     if data.label_protocol == "single_positive_largeloss":
         train = _largeloss_train(train)
     if data.holdout:
         if not 0.0 < data.holdout < 1.0:
             raise UserError(f"data.holdout={data.holdout} must be in (0, 1), or 0 for the test set")
-        kept, held = hold_out(train, data.holdout)
-        return kept, held, "val"
-    test = sources.open_source(data.dataset, "test", root=data.root, **options)
-    if data.dataset != "glyphs" and 0 < data.test_size < len(test):
-        test = Subset(test, range(data.test_size))
-    return train, test, "test"
+        train, test = hold_out(train, data.holdout)
+    elif data.test_dataset:
+        options = data.test_options.to_dict()
+        test = _part(data, data.test_dataset, "test", data.test_root, options, data.test_size)
+    else:
+        options = data.options.to_dict()
+        test = _part(data, data.dataset, "test", data.root, options, data.test_size)
+    if data.caption_shuffle:
+        train = ShuffledCaptions(train, data.caption_shuffle, data.label_seed)
+    return train, test, "val" if data.holdout else "test"
+
+
+def _part(data: ConfigDict, dataset: str, split: str, root: str, options, size: int) -> Source:
+    """One split, or its first `size` examples if that is not 0."""
+    if dataset == "glyphs":
+        if split == "train" and data.train_size < 1:
+            raise UserError("data.train_size must be at least 1: glyph scenes are endless")
+        sizes = {"train_size": data.train_size, "test_size": data.test_size}
+        options |= {name: value for name, value in sizes.items() if value}
+        options.setdefault("image_size", data.image_size)
+        return sources.open_source(dataset, split, root=root, **options)
+    source = sources.open_source(dataset, split, root=root, **options)
+    return Subset(source, range(size)) if 0 < size < len(source) else source
 
 
 def observed_labels(data: ConfigDict, train: Source) -> np.ndarray:

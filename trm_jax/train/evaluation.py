@@ -1,16 +1,19 @@
 """Evaluators of a run: named kinds joined with the method's predict functions on the mesh."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from trm_jax.data import pipeline
-from trm_jax.data.examples import CaptionTexts, ImageExamples, MultiLabelExamples, captioned
+from trm_jax.data.examples import CaptionTexts, ImageExamples, MultiLabelExamples
 from trm_jax.data.sources.base import Source
+from trm_jax.data.sources.subset import has_masks
 from trm_jax.data.tokenizers import Tokenizer
-from trm_jax.evaluate import multilabel, retrieval, zero_shot
+from trm_jax.evaluate import classification, multilabel, retrieval, segmentation, zero_shot
+from trm_jax.evaluate.segmentation_windows import Protocol
 from trm_jax.train import sharding
 from trm_jax.types import Batch, Method, PyTree, UserError
 
@@ -29,11 +32,13 @@ def make_evaluator(
     workers: int,
     pool: str,
     templates: Sequence[str],
+    protocol: Protocol = Protocol(),
 ) -> Evaluator:
-    """Joins the evaluators `kinds` ("multilabel", "retrieval", "zero_shot") into one function.
+    """Joins the evaluators `kinds` into one function.
 
     Args:
-      kinds: the metrics of all are merged into one dict.
+      kinds: any of "multilabel", "retrieval", "zero_shot" (mAP), "classification" and
+        "segmentation"; the metrics of all are merged into one dict.
       method: its predict functions are compiled once.
       source: the evaluation split.
       tokenizer, text_length: of captions and templates.
@@ -42,6 +47,7 @@ def make_evaluator(
       workers: decoding processes.
       pool: zero-shot pooling, "global", "max" or "softmax" over positions.
       templates: zero-shot templates with {}.
+      protocol: of segmentation.
 
     Returns:
       (params, extras) -> metrics.
@@ -49,7 +55,13 @@ def make_evaluator(
     Raises:
       UserError: an unknown kind, or one the method or the data cannot serve.
     """
-    makers = {"multilabel": _multilabel, "retrieval": _retrieval, "zero_shot": _zero_shot}
+    makers = {
+        "multilabel": _multilabel,
+        "retrieval": _retrieval,
+        "zero_shot": _zero_shot,
+        "classification": _classification,
+        "segmentation": _segmentation,
+    }
     for kind in kinds:
         if kind not in makers:
             raise UserError(f"evaluate.kinds: {kind!r} is none of {', '.join(makers)}")
@@ -68,7 +80,16 @@ def make_evaluator(
             yield sharding.put_batch(batch, mesh) if mesh.size else batch
 
     context = _Context(
-        method, predict, source, tokenizer, transform, batches, text_length, pool, tuple(templates)
+        method,
+        predict,
+        source,
+        tokenizer,
+        transform,
+        batches,
+        text_length,
+        pool,
+        tuple(templates),
+        protocol,
     )
     evaluators = [makers[kind](context) for kind in kinds]
 
@@ -81,15 +102,19 @@ def make_evaluator(
     return evaluate
 
 
-class _Context:
+class _Context(NamedTuple):
     """What the makers below share."""
 
-    def __init__(
-        self, method, predict, source, tokenizer, transform, batches, length, pool, templates
-    ):
-        self.method, self.predict, self.source = method, predict, source
-        self.tokenizer, self.transform, self.batches = tokenizer, transform, batches
-        self.length, self.pool, self.templates = length, pool, templates
+    method: Method
+    predict: dict[str, Callable]
+    source: Source
+    tokenizer: Tokenizer
+    transform: Callable
+    batches: Callable[[Any], Iterator[Batch]]
+    length: int
+    pool: str
+    templates: tuple[str, ...]
+    protocol: Protocol
 
     def bind(self, name: str, params: PyTree, extras: PyTree, shared: Batch | None = None):
         """predict[name] as a function of the batch alone, given only the entries it declares."""
@@ -102,6 +127,19 @@ class _Context:
             return self.predict[name](params, extras, {**inputs, **(shared or {})})
 
         return function
+
+    def classes(self, params: PyTree, extras: PyTree, *, normalize_first: bool = True):
+        """[C, d] embeddings of the class names in the templates."""
+        embed_text = self.bind("embed_text", params, extras)
+        name = "embedding" if normalize_first else "projection"
+        return zero_shot.class_embeddings(
+            lambda tokens: embed_text({"tokens": tokens})[name],
+            self.tokenizer,
+            self.source.class_names,
+            self.templates,
+            length=self.length,
+            normalize_first=normalize_first,
+        )
 
 
 def _multilabel(context: _Context) -> Evaluator:
@@ -117,8 +155,8 @@ def _multilabel(context: _Context) -> Evaluator:
 
 def _retrieval(context: _Context) -> Evaluator:
     source = context.source
-    images = ImageExamples(source, context.transform, captioned(source))
     texts = CaptionTexts(source, context.tokenizer, context.length)
+    images = ImageExamples(source, context.transform, np.unique(texts.image_index))
 
     def evaluate(params, extras):
         return retrieval.evaluate(
@@ -136,23 +174,62 @@ def _zero_shot(context: _Context) -> Evaluator:
     examples = MultiLabelExamples(context.source, None, context.transform)
 
     def evaluate(params, extras):
-        embed_text = context.bind("embed_text", params, extras)
-        classes = zero_shot.class_embeddings(
-            lambda tokens: embed_text({"tokens": tokens})["embedding"],
-            context.tokenizer,
-            context.source.class_names,
-            context.templates,
-            length=context.length,
-        )
         return zero_shot.evaluate(
             context.bind("embed_image", params, extras),
-            classes,
+            context.classes(params, extras),
             context.batches(examples),
             pool=context.pool,
             to_host=_to_host,
         )
 
     return evaluate
+
+
+def _classification(context: _Context) -> Evaluator:
+    examples = MultiLabelExamples(context.source, None, context.transform)
+
+    def evaluate(params, extras):
+        return classification.evaluate(
+            context.bind("embed_image", params, extras),
+            context.classes(params, extras),
+            context.batches(examples),
+            to_host=_to_host,
+        )
+
+    return evaluate
+
+
+def _segmentation(context: _Context) -> Evaluator:
+    source, devices = context.source, jax.local_device_count()
+    if not has_masks(source):
+        raise UserError(
+            "evaluate.kinds: 'segmentation' needs masks; set data.test_dataset to one that has "
+            "them (voc_segmentation, pascal_context, coco_object, masks, glyphs)"
+        )
+    size = -(-context.protocol.batch_size // devices) * devices
+    protocol = context.protocol._replace(batch_size=size)
+
+    def evaluate(params, extras):
+        segments = context.bind("segments", params, extras)
+        mesh = jax.sharding.get_mesh()
+        return segmentation.evaluate(
+            lambda rows: segments(sharding.put_batch(rows, mesh) if mesh.size else rows),
+            context.classes(params, extras, normalize_first=False),
+            source,
+            protocol=protocol,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            sum_over_processes=_sum_over_processes,
+            to_host=_to_host,
+        )
+
+    return evaluate
+
+
+def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
+    if jax.process_count() == 1:
+        return np.asarray(counts)
+    return np.asarray(multihost_utils.process_allgather(counts)).sum(axis=0)
 
 
 def _to_host(tree):

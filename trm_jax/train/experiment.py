@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from trm_jax.data import partial_labels, pipeline, tokenizers
 from trm_jax.data.examples import CaptionExamples, Examples, MultiLabelExamples
 from trm_jax.data.sources.base import Source
-from trm_jax.methods import MAKERS, dualcoop, frozen_clip, trm_ml
+from trm_jax.evaluate.segmentation_windows import Protocol
+from trm_jax.methods import MAKERS, dualcoop, frozen_clip, simcon, trm_ml
 from trm_jax.models.clip.config import validate
 from trm_jax.pretrained import registry
 from trm_jax.train import datasets, optimizers, paths
@@ -26,7 +27,8 @@ from trm_jax.train.evaluation import make_evaluator
 from trm_jax.train.loop import Job
 from trm_jax.types import BatchSpec, DataInfo, Method, PyTree, UserError
 
-_SECTIONS = {"trm_ml": trm_ml, "dualcoop": dualcoop}
+_SECTIONS = {"trm_ml": trm_ml, "dualcoop": dualcoop, "simcon": simcon}
+_ON_CAPTIONS = ("contrastive", "simcon")
 
 
 class Experiment(NamedTuple):
@@ -62,7 +64,7 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     _check_attention(clip, compute_dtype(config.precision.compute))
     weights = registry.load(located, clip, say=None if jax.process_index() else print)
     observed = None
-    if train.class_names and config.method != "contrastive":
+    if train.class_names and config.method not in _ON_CAPTIONS:
         observed = datasets.observed_labels(config.data, train)
     inputs, grid = datasets.input_spec(train, clip, config.data.image_size)
     info = _info(config, train, test)
@@ -107,17 +109,15 @@ def make_method(config, info, tokenizer, clip, inputs, grid) -> Method:
         raise UserError(f"method={config.method!r} is none of {', '.join(MAKERS)}")
     shared = {"clip": clip, "inputs": inputs, "dtype": compute_dtype(config.precision.compute)}
     options = config.model.options.to_dict()
-    if config.method == "contrastive":
-        return _call(
-            MAKERS["contrastive"],
-            "model.options",
-            text_length=config.data.text_length,
-            **shared,
-            **options,
-        )
-    module = _SECTIONS[config.method]
+    module = _SECTIONS.get(config.method)
+    if module is not None:
+        options["loss"] = _call(module.Loss, "loss", **config.loss.to_dict())
+    if config.method in _ON_CAPTIONS:
+        shared["text_length"] = config.data.text_length
+        if config.method == "simcon":  # it splits the batch in its towers alone
+            shared |= {"info": info, "microbatch": config.train.microbatch}
+        return _call(MAKERS[config.method], "model.options", **shared, **options)
     options["prompts"] = _call(frozen_clip.Prompts, "prompts", **config.prompts.to_dict())
-    options["loss"] = _call(module.Loss, "loss", **config.loss.to_dict())
     if config.method == "trm_ml":
         options["memory"] = _call(trm_ml.Memory, "memory", **config.memory.to_dict())
     return _call(
@@ -207,8 +207,10 @@ def _warm_start(params: PyTree, patterns, path: str) -> PyTree:
 
 def _examples(data: ConfigDict, method: Method, tokenizer, train, observed) -> Examples:
     transform = datasets.transform(data, train=True)
-    if "tokens" in method.specs["train"]:
-        return CaptionExamples(train, tokenizer, data.text_length, transform)
+    spec = method.specs["train"]
+    if "tokens" in spec:
+        views = 2 if "image_2" in spec else 1
+        return CaptionExamples(train, tokenizer, data.text_length, transform, views=views)
     return MultiLabelExamples(train, observed, transform)
 
 
@@ -219,6 +221,7 @@ def _schedule(settings: ConfigDict, info: DataInfo) -> optax.Schedule:
         total_steps=info.total_steps,
         warmup_rate=settings.warmup_rate,
         warmup_steps=round(settings.warmup_epochs * info.steps_per_epoch),
+        end_rate=settings.end_rate,
     )
 
 
@@ -269,6 +272,9 @@ def _job(config, method, info, tokenizer, train, test, observed, initial) -> Job
             workers=data.workers,
             pool=config.evaluate.pool,
             templates=config.evaluate.templates,
+            protocol=_call(
+                Protocol, "evaluate.segmentation", **config.evaluate.segmentation.to_dict()
+            ),
         ),
         eval_split="val" if data.holdout else "test",
         num_train=len(train),
@@ -279,12 +285,13 @@ def _job(config, method, info, tokenizer, train, test, observed, initial) -> Job
         total_steps=info.total_steps,
         steps_per_epoch=info.steps_per_epoch,
         batch_size=data.batch_size,
-        microbatch=run.microbatch,
+        microbatch=0 if config.method == "simcon" else run.microbatch,
         log_every=run.log_every,
         eval_every=run.eval_every or info.total_steps,
         checkpoint_every=run.checkpoint_every or info.total_steps,
         keep=run.keep,
         nan_policy=run.nan_policy,
         ema=settings.ema,
+        clip=settings.clip,
         max_bad_fraction=data.max_bad_fraction,
     )

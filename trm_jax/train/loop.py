@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from trm_jax.train import checkpoints, metrics, paths, sharding, state, step
+from trm_jax.train import checkpoints, distributed, metrics, paths, sharding, state, step
 from trm_jax.train.bad_samples import BadSamples
 from trm_jax.train.preemption import Preempted, StopRequest
 from trm_jax.train.state import TrainState
@@ -47,6 +47,7 @@ class Job(NamedTuple):
     keep: int
     nan_policy: str
     ema: float
+    clip: float
     max_bad_fraction: float
 
 
@@ -80,20 +81,20 @@ class Run:
         trained, frozen = paths.split(params, job.freeze, field="optimizer.freeze")
         self.optimizer = job.make_optimizer(trained)
         self.counts = {"trained": _size(trained), "frozen": _size(frozen)}
-        sums = step.zero_sums(job.method, params, extras, first, self.key)
+        self.frozen_hash = checkpoints.hash_frozen(frozen, trained)
+        sums = state.zero_sums(job.method, params, extras, first, self.key, clip=job.clip)
         fresh = state.create(trained, frozen, extras, self.optimizer, ema=job.ema > 0, sums=sums)
         placed = sharding.state_shardings(fresh, self.optimizer, self.mesh, job.shard)
         self.resumed_from = self.files.latest_step()
         if self.resumed_from is None and self.files.read_only:
             raise UserError(f"{self.workdir} holds no finished checkpoint; train there first")
         if self.resumed_from is None:
-            current = jax.device_put(fresh, placed)
+            current = jax.tree.map(distributed.place, fresh, placed)
             self.files.save_frozen(current.frozen)
             current = self._refresh(current)
         else:
             current = self.files.restore(fresh, placed, self.resumed_from)
             current = current.replace(frozen=self.files.restore_frozen(fresh.frozen, placed.frozen))
-        self.frozen_hash = checkpoints.weights_hash(frozen) if jax.process_count() == 1 else ""
         self._step = self._compile(placed)
         return current
 
@@ -102,14 +103,16 @@ class Run:
         job, start = self.job, int(current.step)
         evaluated: dict[str, float] | None = None
         with StopRequest() as stop, jax.set_mesh(self.mesh):
-            clock = time.monotonic()
-            for number, batch in _ahead(self._batches(start), start, job.total_steps, self.mesh):
+            clock, vote = time.monotonic(), distributed.StopVote(self.mesh)
+            batches = itertools.islice(self._batches(start), job.total_steps - start)
+            for number, batch in enumerate(_ahead(batches, self.mesh), start):
                 frozen, current = current.frozen, current.replace(frozen=None)
                 current = self._step(current, frozen, batch).replace(frozen=frozen)
                 writer.advance()
                 if (number + 1) % job.steps_per_epoch == 0:
                     current = self._refresh(current)
                 last = number + 1 == job.total_steps
+                stopping = vote(stop.requested)
                 if (number + 1) % job.log_every == 0 or last:
                     current = self._log(current, number + 1, writer, clock)
                     clock = time.monotonic()
@@ -118,9 +121,9 @@ class Run:
                     evaluated = self.evaluate(current)
                     writer.write(number + 1, job.eval_split, evaluated)
                     clock = time.monotonic()
-                if (number + 1) % job.checkpoint_every == 0 or last or stop.requested:
+                if (number + 1) % job.checkpoint_every == 0 or last or stopping:
                     self.files.save(current)
-                if stop.requested and not last:
+                if stopping and not last:
                     self.files.close()
                     raise Preempted(f"stopped at step {number + 1}; checkpoint saved")
         if evaluated is None:
@@ -145,6 +148,7 @@ class Run:
             key=self.key,
             ema_decay=self.job.ema,
             microbatch=self.job.microbatch,
+            clip=self.job.clip,
         )
         out = placed.replace(frozen=None)
         return jax.jit(function, donate_argnums=0, out_shardings=out)
@@ -160,6 +164,7 @@ class Run:
     def _log(
         self, current: TrainState, number: int, writer: metrics.MetricsWriter, since: float
     ) -> TrainState:
+        self.bad.share()
         values = metrics.summarize(current.sums)
         values["learning_rate"] = float(self.job.schedule(np.int32(number - 1)))
         values["seconds"] = round(time.monotonic() - since, 3)
@@ -172,8 +177,7 @@ class Run:
                 "not finite; lower optimizer.learning_rate (train.nan_policy='skip' goes on as "
                 "long as some steps are finite)"
             )
-        zeros = jax.tree.map(lambda x: jax.device_put(np.zeros_like(x), x.sharding), current.sums)
-        return current.replace(sums=zeros)
+        return current.replace(sums=metrics.zeros(current.sums))
 
     def _batches(self, start: int) -> Iterator[Batch]:
         for batch in self.job.batches(start):
@@ -182,15 +186,13 @@ class Run:
             yield batch
 
 
-def _ahead(batches, start: int, total: int, mesh) -> Iterator[tuple[int, Batch]]:
-    """(step, batch on the devices), one batch ahead, so that transfers overlap with the step."""
-    queue = (sharding.put_batch(b, mesh) for b in itertools.islice(batches, total - start))
+def _ahead(batches: Iterator[Batch], mesh: jax.sharding.Mesh) -> Iterator[Batch]:
+    """The batches on the devices, one batch ahead, so that transfers overlap with the step."""
+    queue = (sharding.put_batch(batch, mesh) for batch in batches)
     upcoming = next(queue, None)
-    number = start
     while upcoming is not None:
         batch, upcoming = upcoming, next(queue, None)
-        yield number, batch
-        number += 1
+        yield batch
 
 
 def _size(tree: PyTree) -> int:

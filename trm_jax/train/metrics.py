@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from trm_jax.train import distributed
 from trm_jax.types import PyTree
 
 
@@ -19,6 +21,11 @@ def summarize(sums: PyTree) -> dict[str, float]:
     """Mean metrics -> floats; metrics that counted nothing are left out. Waits for the device."""
     host = jax.device_get(sums)
     return {name: float(m.total / m.count) for name, m in host.items() if m.count > 0}
+
+
+def zeros(sums: PyTree) -> PyTree:
+    """Empty sums that lie where `sums` do."""
+    return jax.tree.map(lambda x: distributed.place(np.zeros_like(x), x.sharding), sums)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

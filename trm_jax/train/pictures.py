@@ -10,7 +10,7 @@ import numpy as np
 from trm_jax.data.feature_cache import CachedFeatures
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.subset import Subset
-from trm_jax.train import predictor
+from trm_jax.train import distributed, predictor
 from trm_jax.types import BadSampleError
 from trm_jax.visualize.regions import render_heatmaps
 
@@ -18,7 +18,7 @@ from trm_jax.visualize.regions import render_heatmaps
 def write(folder: Path, source: Source, count: int) -> list[Path]:
     """Writes pictures of the first `count` readable images of `source`; returns their paths.
 
-    None for a source without images (precomputed features).
+    All processes of a run must call it. None for a source without images (precomputed features).
 
     Args:
       folder: a workdir with a checkpoint of a method that predicts "regions".
@@ -37,6 +37,8 @@ def write(folder: Path, source: Source, count: int) -> list[Path]:
     written = []
     found = model.regions(batches, len(chosen))
     for (index, image), (scores, maps) in zip(chosen, found, strict=True):
+        if not distributed.is_first():
+            continue  # all processes compute, one draws
         name = re.sub(r"[^\w.-]+", "_", str(source.ids[index]))
         truth = dict(zip(model.class_names, source.labels[index].tolist(), strict=True))
         path = folder / "pictures" / f"{name}.png"

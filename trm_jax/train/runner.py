@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from trm_jax.data import partial_labels, tokenizers
 from trm_jax.pretrained import registry
-from trm_jax.train import experiment, metrics, pictures, sharding, workdirs
+from trm_jax.train import distributed, experiment, metrics, pictures, sharding, workdirs
 from trm_jax.train.experiment import Experiment
 from trm_jax.train.loop import Run
 from trm_jax.types import UserError
@@ -29,12 +29,16 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     folder = Path(workdir)
     done = workdirs.final_line(folder, config)
+    _agree_on_config(config, done)
     if done:
-        print(f"{workdir} is finished at step {done['step']}; nothing to do")
+        if distributed.is_first():
+            print(f"{workdir} is finished at step {done['step']}; nothing to do")
         return done
     started = time.time()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     built = experiment.build(config, cache_dir=_cache_dir(config, folder))
+    distributed.agree("data", _data_report(built))
+    distributed.check_shared(folder)
     run = Run(built.job, folder, mesh)
     state = run.prepare()
     step = int(state.step)
@@ -42,10 +46,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if run.resumed_from is not None:
         _check_resumed(folder, report)
     # Claimed only now, so that a mistake found above leaves the workdir as it was.
-    workdirs.claim(folder, config, built)
+    if distributed.is_first():
+        workdirs.claim(folder, config, built)
     _announce(report, step, built.job.total_steps)
     writer = metrics.MetricsWriter(
-        folder, step=step, total_steps=built.job.total_steps, active=jax.process_index() == 0
+        folder, step=step, total_steps=built.job.total_steps, active=distributed.is_first()
     )
     _write_report(folder, report, run, started)
     try:
@@ -53,21 +58,25 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     finally:
         writer.close()
         _write_report(folder, report, run, started)
-    if jax.process_count() == 1 and "regions" in built.method.predict:
+    if "regions" in built.method.predict:
         pictures.write(folder, built.test, config.evaluate.pictures)
-    return metrics.read_lines(folder / "metrics.jsonl")[-1]
+    distributed.barrier()  # until the last line is written
+    lines = metrics.read_lines(folder / "metrics.jsonl")
+    return lines[-1] if lines else {}  # a network disk may show the file late
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
     """The newest checkpoint's metrics by the config's evaluators; also written to eval.json."""
     folder = Path(workdir)
+    _agree_on_config(config, {})
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     built = experiment.build(config, cache_dir=_cache_dir(config, folder))
     params, extras, step = restore(built, folder, mesh)
     with jax.set_mesh(mesh):
         values = built.job.evaluate(params, extras)
     line = {"step": step, "split": built.eval_split, **values, "final": True}
-    (folder / "eval.json").write_text(json.dumps(line, indent=1) + "\n")
+    if distributed.is_first():
+        (folder / "eval.json").write_text(json.dumps(line, indent=1) + "\n")
     return values
 
 
@@ -76,6 +85,14 @@ def restore(built: Experiment, folder: Path, mesh) -> tuple[Any, Any, int]:
     run = Run(built.job, folder, mesh, read_only=True)
     state = run.prepare()
     return run.weights(state), state.extras, int(state.step)
+
+
+def _agree_on_config(config: ConfigDict, done: dict[str, Any]) -> None:
+    """Raises UserError on a process with other flags, or that finds the run in another state."""
+    leaves = jax.tree_util.tree_leaves_with_path(config.to_dict())
+    fields = {jax.tree_util.keystr(path, simple=True, separator="."): v for path, v in leaves}
+    distributed.agree("a config", fields)
+    distributed.agree("a workdir", {"finished": bool(done)})
 
 
 def _cache_dir(config: ConfigDict, folder: Path) -> Path:
@@ -87,7 +104,6 @@ def _report(built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
     resumed = before.get("resumed_from", [])
     if run.resumed_from is not None:
         resumed = [*resumed, run.resumed_from]
-    observed = built.observed
     return {
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         "devices": [str(d) for d in jax.devices()],
@@ -96,6 +112,19 @@ def _report(built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
         "parameters": run.counts,
         "frozen_sha256": run.frozen_hash,
         "pretrained": registry.provenance(built.pretrained),
+        **_data_report(built),
+        "names_with_unknown_words": tokenizers.names_with_unknown_words(
+            built.tokenizer, built.info.class_names
+        ),
+        "resumed_from": resumed,
+        "seconds_before": before.get("wall_seconds", 0.0),
+        "skipped_before": before.get("skipped_samples", []),
+    }
+
+
+def _data_report(built: Experiment) -> dict[str, Any]:
+    observed = built.observed
+    return {
         "dataset": {
             "train": len(built.train),
             built.eval_split: len(built.test),
@@ -105,12 +134,6 @@ def _report(built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
             "labels_unknown": int((observed == 0).sum()) if observed is not None else None,
         },
         "label_mask_sha256": partial_labels.mask_sha256(observed) if observed is not None else None,
-        "names_with_unknown_words": tokenizers.names_with_unknown_words(
-            built.tokenizer, built.info.class_names
-        ),
-        "resumed_from": resumed,
-        "seconds_before": before.get("wall_seconds", 0.0),
-        "skipped_before": before.get("skipped_samples", []),
     }
 
 
@@ -130,7 +153,7 @@ def _check_resumed(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _announce(report: dict[str, Any], step: int, total: int) -> None:
-    if jax.process_index():
+    if not distributed.is_first():
         return
     counts, data = report["parameters"], report["dataset"]
     print(
@@ -150,7 +173,7 @@ def _announce(report: dict[str, Any], step: int, total: int) -> None:
 
 
 def _write_report(folder: Path, report: dict[str, Any], run: Run, started: float) -> None:
-    if jax.process_index():
+    if not distributed.is_first():
         return
     wall = report["seconds_before"] + time.time() - started
     bad = sorted({*report["skipped_before"], *run.bad.names()})

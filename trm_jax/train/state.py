@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trm_jax.types import PyTree
+from trm_jax.types import Batch, Key, Mean, Method, PyTree
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -49,3 +49,15 @@ def create(
         ema=jax.tree.map(jnp.array, params) if ema else {},
         sums=sums,
     )
+
+
+def zero_sums(
+    method: Method, params: PyTree, extras: PyTree, batch: Batch, key: Key, *, clip: float = 0.0
+) -> PyTree:
+    """Empty sums for every metric the method reports, and the step's own."""
+    out = jax.eval_shape(
+        lambda *a: method.loss(*a, key=key, step=jnp.int32(0), train=True), params, extras, batch
+    )
+    names = (*out.metrics, "loss", "grad_norm", "skipped", *(["clipped"] if clip else []))
+    # Every sum is a buffer of its own, since the step donates them.
+    return {name: Mean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}

@@ -19,6 +19,7 @@ def make_train_step(
     key: Key,
     ema_decay: float = 0.0,
     microbatch: int = 0,
+    clip: float = 0.0,
 ) -> Callable[[TrainState, PyTree, Batch], TrainState]:
     """Builds (state without frozen, frozen, batch) -> state, to be jitted with donation of state.
 
@@ -28,6 +29,7 @@ def make_train_step(
       key: the run's key; a step folds its number in, so a resumed run draws the same noise.
       ema_decay: decay of the moving average of the weights; 0 is off.
       microbatch: examples per gradient, 0 for the whole batch (methods that decompose only).
+      clip: the optimizer's limit of the gradient norm; reports the share of clipped steps.
 
     A step whose loss or gradient is not finite keeps params, opt_state, extras and ema, counts
     in the metric `skipped`, and adds nothing to the other metrics.
@@ -53,6 +55,7 @@ def make_train_step(
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
         metrics = {**out.metrics, "loss": Mean.of(out.loss), "grad_norm": Mean.of(grad_norm)}
+        metrics |= {"clipped": Mean.of(grad_norm > clip)} if clip else {}
         added = jax.tree.map(jnp.add, {k: state.sums[k] for k in metrics}, metrics)
         sums = guard(added, {k: state.sums[k] for k in metrics})
         skipped = Mean.of(jnp.where(finite, 0.0, 1.0))
@@ -68,13 +71,3 @@ def make_train_step(
         )
 
     return train_step
-
-
-def zero_sums(method: Method, params: PyTree, extras: PyTree, batch: Batch, key: Key) -> PyTree:
-    """Empty sums for every metric the method reports, and the step's own three."""
-    out = jax.eval_shape(
-        lambda *a: method.loss(*a, key=key, step=jnp.int32(0), train=True), params, extras, batch
-    )
-    names = (*out.metrics, "loss", "grad_norm", "skipped")
-    # Every sum is a buffer of its own, since the step donates them.
-    return {name: Mean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)) for name in names}

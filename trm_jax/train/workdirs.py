@@ -16,6 +16,8 @@ _MAY_DIFFER = (
     "data.workers",
     "data.root",
     "data.cache_dir",
+    "data.options.index_dir",
+    "data.test_root",
     "prompts.remat",
     "model.clip.attention",
     "train.log_every",

@@ -41,6 +41,10 @@ class CaptionedPhotos:
         """{"image": uint8 [h, w, 3] RGB}; BadSampleError if the file is missing or broken."""
         return {"image": read_image(self._folder / self.ids[index])}
 
+    def image_path(self, index: int) -> Path:
+        """Where the file of one image should lie."""
+        return self._folder / self.ids[index]
+
     def captions(self, index: int) -> tuple[str, ...]:
         """Captions of the image."""
         return self._captions[self.ids[index]]

@@ -35,7 +35,7 @@ def captioned(source: Source) -> np.ndarray | range:
     """Positions of the examples of `source` that have at least one caption, ascending.
 
     A source whose captions lie on a disk has them as its attribute `captioned` ([n] integers or a
-    range): no caption is read for it. For others it is an int32 [n].
+    range): no caption is read for it, so one may turn out to be empty. For others it is int32 [n].
     """
     from trm_jax.data.sources.subset import Subset  # late: it imports what imports this
 

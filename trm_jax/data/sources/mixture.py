@@ -163,8 +163,8 @@ def open_mixture(
 
     Args:
       parts: a list of mappings, each with `dataset` and, where they are needed, `root`, `options`,
-        `weight` and `name` (by default its number). Without weights an epoch is each example once; with them it is as
-        `visits_per_epoch` says.
+        `weight` and `name` (by default its number). Without weights an epoch is each example once;
+        with them it is as `visits_per_epoch` says.
       split: of every part. Weights are for "train"; other splits take each example once.
       root: folder that relative roots of parts start from.
       open_part: sources.open_source.

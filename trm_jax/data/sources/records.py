@@ -113,6 +113,10 @@ class RecordImages:
         example = self._records[int(self._rows[index])]
         return {"image": decode_image(example["image"], self.ids[index])}
 
+    def encoded(self, index: int) -> bytes:
+        """The image file."""
+        return self._records[int(self._rows[index])]["image"]
+
     def captions(self, index: int) -> tuple[str, ...]:
         """Captions of the image, () if none."""
         return self._captions[index] if self._captions else ()

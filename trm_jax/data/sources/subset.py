@@ -8,6 +8,7 @@ import numpy as np
 # The module, not the function: partial_labels imports the sources itself.
 from trm_jax.data import partial_labels
 from trm_jax.data.sources.base import MaskedSource, Source
+from trm_jax.data.sources.lazy import LazyIds
 from trm_jax.types import UserError
 
 
@@ -17,7 +18,9 @@ class Subset:
     def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
         self.source = source
         self.indices = np.asarray(indices, np.int64)
-        self.ids: Sequence[str] = tuple(source.ids[int(i)] for i in self.indices)
+        self.ids: Sequence[str] = LazyIds(len(self.indices), self._id)
+        if not isinstance(source.ids, LazyIds):
+            self.ids = tuple(self.ids)
         self.class_names = source.class_names
         # Read late: some sources make their labels from all masks.
         self._labels: np.ndarray | None = None
@@ -35,6 +38,9 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def _id(self, index: int) -> str:
+        return self.source.ids[int(self.indices[index])]
 
     def read(self, index: int):
         """The inputs of one example."""

@@ -29,6 +29,8 @@ _LINES = 8
 class WebDataset:
     """The samples KEY.jpg (jpeg, png, webp) + KEY.txt of tar shards, in the order of the shards.
 
+    The members of a sample are neighbours, as those who write shards have it (tar --sort=name).
+
     root:  a folder of *.tar; a shard; or a pattern of shards with * ? [] and {00000..00331} {a,b}.
     split: "train", or "test": the shards of `test_root`, by default those of the folder root/test.
     shards: patterns of shards below the folder `root`, where not all of them are wanted.
@@ -78,7 +80,7 @@ class WebDataset:
 
     @property
     def captioned(self) -> range:
-        """All positions: each sample has a caption's member."""
+        """All positions: each sample has a caption's member, which is not read for this."""
         return range(len(self))
 
     @property
@@ -102,16 +104,13 @@ class WebDataset:
         return self._member(index, 0)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The caption; BadSampleError if it is empty or cannot be read."""
+        """The captions, () if they are empty; BadSampleError if they cannot be read."""
         content = self._member(index, 2)
         if self._caption_key:
             texts = _texts(content, self._caption_key)
         else:
             texts = [content.decode("utf-8", errors="replace")]
-        captions = tuple(text.strip() for text in texts if text.strip())
-        if not captions:
-            raise BadSampleError(f"{self._name_of(index)}: the caption is empty")
-        return captions
+        return tuple(text.strip() for text in texts if text.strip())
 
     def _place(self, index: int) -> tuple[int, int]:
         """(shard, sample of the shard)."""
@@ -219,7 +218,9 @@ def _describe(indexes: Sequence[tar_index.ShardIndex], text: str) -> None:
         print(f"and {len(lines) - _LINES:,} more shards are damaged or have no sample")
     if left_out:
         folder = indexes[0].path.parent
-        print(f"{folder}: {left_out:,} samples lack an image or KEY.{text} and are left out")
+        print(
+            f"{folder}: {left_out:,} samples lack an image or KEY.{text} beside it and are left out"
+        )
 
 
 def _texts(content: bytes, key: str) -> list[str]:

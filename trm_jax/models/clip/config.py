@@ -8,6 +8,11 @@ from trm_jax.types import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Image kinds whose features may go through an MLP projector in place of their own projection.
+PROJECTED = ("groupvit",)
 
 _REQUIRED = object()
 _PIXELS = {"image_size": _REQUIRED, "mean": CLIP_MEAN, "std": CLIP_STD}
@@ -21,6 +26,19 @@ _IMAGE_FIELDS: dict[str, dict[str, Any]] = {
         "activation": "quick_gelu",
     }
     | _PIXELS,
+    "groupvit": {
+        "patch_size": _REQUIRED,
+        "width": 384,
+        "heads": 6,
+        "depths": (6, 3, 3),
+        "group_tokens": (64, 8, 0),
+        "output_groups": (64, 8, 0),
+        "drop_path": 0.1,
+        "activation": "gelu",
+        "image_size": _REQUIRED,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+    },
     "features": {"width": _REQUIRED, "hidden": _REQUIRED, "skip": True, "pool": "mean"},
 }
 _TEXT_FIELDS: dict[str, Any] = {
@@ -34,6 +52,7 @@ _TEXT_FIELDS: dict[str, Any] = {
 }
 _TOP_FIELDS = {
     "embed_dim": _REQUIRED,
+    "projector_hidden": 0,
     "dense_pos_embed": False,
     "attention": "xla",
     "image": _REQUIRED,
@@ -91,11 +110,15 @@ def _check_image(image: Mapping[str, Any]) -> None:
     for name in ("mean", "std"):
         if len(image[name]) != 3:
             raise UserError(f"{where}.{name} must have three values, not {image[name]!r}")
-    if image["kind"] == "vit":
-        _positive(image, ("patch_size", "layers"), where)
+    if image["kind"] in ("vit", "groupvit"):
+        _positive(image, ("patch_size",), where)
         _one_of(image, "activation", ACTIVATIONS, where)
         _multiple(image["width"], image["heads"], f"{where}.width", "heads")
         _multiple(image["image_size"], image["patch_size"], f"{where}.image_size", "patch_size")
+        if image["kind"] == "vit":
+            _positive(image, ("layers",), where)
+        else:
+            _check_stages(image, where)
         return
     layers = image["layers"]
     if not isinstance(layers, tuple) or not layers or not all(depth >= 1 for depth in layers):
@@ -106,13 +129,51 @@ def _check_image(image: Mapping[str, Any]) -> None:
     _multiple(image["width"], 2, f"{where}.width", "two")
 
 
+def _check_stages(image: Mapping[str, Any], where: str) -> None:
+    depths = image["depths"]
+    if not _counts(depths, least=1) or len(depths) < 2:
+        raise UserError(f"{where}.depths must list the blocks of two or more stages, not {depths}")
+    for name in ("group_tokens", "output_groups"):
+        counts = image[name]
+        if not _counts(counts, least=0) or len(counts) != len(depths):
+            raise UserError(f"{where}.{name} must list one number for each stage, not {counts}")
+        if counts[-1] != 0 or 0 in counts[:-1]:
+            raise UserError(
+                f"{where}.{name} = {counts} must be positive but for a 0 at its end: the last "
+                "stage groups nothing"
+            )
+    rate = image["drop_path"]
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise UserError(f"{where}.drop_path must lie in [0, 1), not {rate!r}")
+
+
+def _counts(values: Any, least: int) -> bool:
+    return isinstance(values, tuple) and all(
+        isinstance(value, int) and not isinstance(value, bool) and value >= least
+        for value in values
+    )
+
+
+def _check_projector(top: Mapping[str, Any]) -> None:
+    hidden, kind = top["projector_hidden"], top["image"]["kind"]
+    if not _counts((hidden,), least=0):
+        raise UserError(f"model.clip.projector_hidden must be a width or 0, not {hidden!r}")
+    if hidden and kind not in PROJECTED:
+        raise UserError(
+            f"model.clip.projector_hidden = {hidden} is for the image kinds "
+            f"{', '.join(PROJECTED)}; the kind {kind!r} projects by itself: set it to 0"
+        )
+
+
 def validate(config: Any) -> dict[str, Any]:
     """Checks a towers configuration and fills in defaults.
 
     Args:
       config: any nested mapping (dict, ConfigDict, parsed JSON) with "embed_dim", "image",
-        "text" and optionally "dense_pos_embed" and "attention"; image kinds are "resnet", "vit"
-        and "features".
+        "text" and optionally "projector_hidden", "dense_pos_embed" and "attention"; image kinds
+        are "resnet", "vit", "groupvit" and "features". A "projector_hidden" of 0 means that the
+        towers project linearly by themselves; else it is the hidden width of the MLP projectors
+        of both towers.
 
     Returns:
       Nested dicts with every field present and tuples for sequences, equal for equal models.
@@ -132,6 +193,7 @@ def validate(config: Any) -> dict[str, Any]:
         top["image"], {"kind": _REQUIRED} | _IMAGE_FIELDS[kind], "model.clip.image"
     )
     _check_image(top["image"])
+    _check_projector(top)
     top["text"] = text = _complete(top["text"], _TEXT_FIELDS, "model.clip.text")
     _positive(text, ("vocab_size", "context_length", "width", "heads", "layers"), "model.clip.text")
     _one_of(text, "activation", ACTIVATIONS, "model.clip.text")

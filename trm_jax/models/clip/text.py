@@ -20,7 +20,8 @@ class TextTower(nn.Module):
     """Token embedding, causal transformer, projection of the EOS position.
 
     Attributes:
-      embed_dim: d of the joint space.
+      embed_dim: d of the joint space, reached by a linear projection; 0 leaves it out, and the
+        features are those of the EOS position, of `width` channels.
       vocab_size, context_length, width, heads, layers, activation: as in CLIP.
       eos_id: the token whose first position is read out.
       dtype: of the compute.
@@ -58,9 +59,10 @@ class TextTower(nn.Module):
             for i in range(self.layers)
         ]
         self.ln_final = layer_norm("ln_final")
-        self.text_projection = self.param(
-            "text_projection", normal(self.width**-0.5), (self.width, self.embed_dim)
-        )
+        if self.embed_dim:
+            self.text_projection = self.param(
+                "text_projection", normal(self.width**-0.5), (self.width, self.embed_dim)
+            )
 
     def embed_tokens(self, tokens: Int[AnyArray, "*n T"]) -> Float[Array, "*n T w"]:
         """Rows of the token embedding, float32, without positions."""
@@ -88,7 +90,10 @@ class TextTower(nn.Module):
             for block in self.resblocks[:-1]:
                 x = block(x, causal[None])
         x = self.resblocks[-1].read(x, eos, causal[eos])
-        x = self.ln_final(x).astype(self.dtype)
+        x = self.ln_final(x)
+        if not self.embed_dim:
+            return x
+        x = x.astype(self.dtype)
         return (x @ self.text_projection.astype(self.dtype)).astype(jnp.float32)
 
     def _scan_blocks(self, x: Array, mask: Array) -> Array:
