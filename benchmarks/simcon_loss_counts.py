@@ -35,14 +35,24 @@ def visits(task: Task) -> int:
 def planned_flop(task: Task, loss: str) -> int:
     """FLOPs of the products of tiles on one device, for loss and gradient.
 
-    A tile has 2V products with the other modality and V + 1 within modalities (simcon_tiles). The
-    backward pass computes them again and each once more against vectors: for the rows, and on one
-    device, where a tile is visited for both of its sides, for the columns too.
+    A tile has 2V products with the other modality and V + 1 within modalities (simcon_tiles.py).
+    The backward pass computes them again and each once more against vectors: for the rows, and on
+    one device, where a tile is visited for both of its sides, for the columns too.
     """
-    views, threshold = LOSSES[loss]
-    products = 2 * views + (views + 1 if threshold is not None else 0)
     times = 4 if task.devices == 1 else 3
-    return visits(task) * times * products * 2 * task.tile**2 * task.width
+    return visits(task) * times * _products(loss) * 2 * task.tile**2 * task.width
+
+
+def limit_units(loss: str) -> int:
+    """What loss and gradient need at least on one device, in units of 2 B^2 d, if the tiles are
+    not kept: `planned_flop` without what the tiles on the diagonal have too much."""
+    return 2 * _products(loss)
+
+
+def _products(loss: str) -> int:
+    """Of one tile in the forward pass."""
+    views, threshold = LOSSES[loss]
+    return 2 * views + (views + 1 if threshold is not None else 0)
 
 
 def units(task: Task, loss: str) -> float:
@@ -152,14 +162,14 @@ def collectives(text: str, devices: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, instructions in own.items():
         for kind, size in instructions:
-            if math.isnan(times[name]):
+            if math.isnan(times.get(name, 0)):
                 raise ValueError(f"{kind} stands in a loop without a known trip count")
             factor = {"all-gather": 1 / devices, "reduce-scatter": 1.0, "all-to-all": 1 / devices}
             sent = size * (devices - 1) * factor.get(kind, 2 / devices)
             sent = size if kind == "collective-permute" else sent
             total = found.setdefault(kind, {"count": 0, "bytes": 0.0})
-            total["count"] += times[name]
-            total["bytes"] += times[name] * sent
+            total["count"] += times.get(name, 0)
+            total["bytes"] += times.get(name, 0) * sent
     return found
 
 

@@ -14,7 +14,7 @@ _TIME = """## Seconds
 
 "limit" is the time of the products of tiles that the loss cannot do without, at the rate at which
 this device multiplies such tiles: 4, 8 and 14 units of 2 B^2 d FLOPs for InfoNCE, SimCon and
-MV-SimCon, and a little more where a tile on the diagonal is computed whole.
+MV-SimCon.
 """
 _MEMORY = """## Temporaries of the compiled program, MB
 """
@@ -23,11 +23,13 @@ _DEVICES = """## Per device of several
 FLOPs are those of the tiles' products, counted in the jaxpr, whose scans state their length, and
 equal to the plan. Sent bytes are those of the collectives in the compiled text, each times the trip
 count of the loops that it stands in. Temporaries are those that grow with the batch and those of
-the tiles, by a straight line through B and 2 B. Rows in italics follow from the formulas alone.
+the tiles, by a straight line through B and 2 B. Bytes accessed are XLA's of the program, whose
+loops it counts once, and of the two passes' tiles for all further visits. Rows in italics follow
+from the formulas alone.
 """
-_GPU = """## On a GPU
+_OTHER = """## Agreement, peak memory, the record
 """
-_GPU_METRICS = (
+_OTHER_METRICS = (
     "peak_extra_mb", "largest_batch", "loss_error", "gradient_cosine", "threshold_margin",
     "mean_positives", "relative_difference",
 )  # fmt: skip
@@ -57,7 +59,7 @@ def page(rows: Sequence[Row]) -> str:
         (_TIME, _times(rows)),
         (_MEMORY, _memory(rows)),
         (_DEVICES, _devices(rows)),
-        (_GPU, _gpu(rows)),
+        (_OTHER, _others(rows)),
     ):
         if len(table) > 2:
             parts.append("\n".join([title, *table]) + "\n")
@@ -79,7 +81,7 @@ def _times(rows: Sequence[Row]) -> list[str]:
         if row["metric"] in ("seconds", "gflop_per_s"):
             c = row["condition"]
             key = (row["device"], c["batch"], c["width"], c["dtype"], c["block"], row["name"])
-            grouped.setdefault((*key, row["part"]), []).append(row)
+            grouped.setdefault((*key, row["task"]), []).append(row)
     for (*key, name, _), same in grouped.items():
         first, values = same[0], same[0]["values"].values()
         spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
@@ -122,33 +124,32 @@ def _devices(rows: Sequence[Row]) -> list[str]:
     for key, found in grouped.items():
         mean = {metric: row["mean"] for metric, row in found.items()}
         planned = any(row.get("extrapolated") for row in found.values())
-        sent = sum(mean.get(f"{kind}_mb_sent", 0.0) for kind in _KINDS)
-        counts = [f"{mean[f'{k}_count']:.0f} {k}" for k in _KINDS if f"{k}_count" in mean]
+        sent = [mean[f"{kind}_mb_sent"] for kind in _KINDS if f"{kind}_mb_sent" in mean]
+        by_formula = _number(mean, "planned_mb_sent")
         share = found.get("program_mb_of_batch", {}).get("ratio")
-        of_batch = f"{mean['program_mb_of_batch']:.4g}" if "program_mb_of_batch" in mean else ""
         cells = [
             *key,
-            f"{mean['gflop']:.5g}",
-            f"{mean['units']:.3g}",
-            f"{mean['gb_accessed']:.4g}" if "gb_accessed" in mean else "",
-            f"{mean['planned_mb_sent']:.4g}"
-            if planned
-            else f"{sent:.4g} ({mean['planned_mb_sent']:.4g})",
-            ", ".join(counts),
-            f"{of_batch} ({share:.3f})" if share is not None else of_batch,
-            f"{mean['program_mb_of_tiles']:.4g}" if "program_mb_of_tiles" in mean else "",
+            *(_number(mean, name) for name in ("gflop", "units", "gb_accessed")),
+            by_formula if planned else f"{sum(sent):.4g} ({by_formula})",
+            ", ".join(f"{mean[f'{k}_count']:.0f} {k}" for k in _KINDS if f"{k}_count" in mean),
+            _number(mean, "program_mb_of_batch") + (f" ({share:.3f})" if share else ""),
+            _number(mean, "program_mb_of_tiles"),
         ]
         lines.append(_line([f"*{cell}*" if planned and cell else cell for cell in map(str, cells)]))
     return lines
 
 
-def _gpu(rows: Sequence[Row]) -> list[str]:
+def _number(mean: Mapping[str, float], metric: str) -> str:
+    return f"{mean[metric]:.4g}" if metric in mean else ""
+
+
+def _others(rows: Sequence[Row]) -> list[str]:
     lines = [
         "| device | batch | width | dtype | | measure | value |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in (r for part in ("time", "peak", "fit", "record") for r in _of(rows, part)):
-        if row["metric"] in _GPU_METRICS:
+        if row["metric"] in _OTHER_METRICS:
             c = row["condition"]
             more = f", {row['out_of_memory']} does not fit" if "out_of_memory" in row else ""
             value = f"{row['mean']:.6g} {row['unit']}".strip() + more

@@ -64,10 +64,9 @@ def time_rows(task: Task, *, chain_flop: float = 0.0) -> list[dict[str, Any]]:
 
 def _time_rows(task: Task, seconds: Mapping[str, Sequence[float]], flop: float) -> list[dict]:
     product = [value / flop for value in seconds["tile product"]]
-    floors = {
-        loss: [simcon_loss_counts.planned_flop(task, loss) * value for value in product]
-        for loss in LOSSES
-    }
+    unit = 2 * task.batch**2 * task.width
+    units = {loss: simcon_loss_counts.limit_units(loss) for loss in LOSSES}
+    floors = {loss: [units[loss] * unit * value for value in product] for loss in LOSSES}
     rows = []
     for name, values in seconds.items():
         if name == "tile product":
@@ -83,7 +82,7 @@ def _time_rows(task: Task, seconds: Mapping[str, Sequence[float]], flop: float) 
         rows += [row | _ratio(values, theirs, other) for other, theirs in against.items()]
     for loss, values in floors.items():
         row = _row(task, LIMIT.format(loss), "seconds", dict(enumerate(values)), "s")
-        rows.append(row | {"units": round(simcon_loss_counts.units(task, loss), 3)})
+        rows.append(row | {"units": units[loss]})
     return rows
 
 
@@ -207,7 +206,8 @@ def record_rows(task: Task, *, chain_flop: float = 0.0) -> list[dict[str, Any]]:
     chain, flop = programs.tile_product(task, chain_flop or _chain_flop())
     chain()
     product = statistics.median(_clock(chain)() for _ in range(task.rounds)) / flop
-    floor = simcon_loss_counts.planned_flop(task, "SimCon") * product
+    units = simcon_loss_counts.limit_units("SimCon")
+    floor = units * 2 * task.batch**2 * task.width * product
     rows = [rows[0] | _ratio([seconds], [floor], LIMIT.format("SimCon"))]
     rows.append(_row(task, LIMIT.format("SimCon"), "seconds", {0: floor}, "s"))
     for name, value in values.items():
@@ -226,9 +226,9 @@ def fit_rows(task: Task) -> list[dict[str, Any]]:
             at = task._replace(batch=batch)
             rows.append(_row(at, name, "seconds", {0: seconds}, "s"))
             rows.append(_row(at, name, "peak_extra_mb", {0: peak}, "MB"))
-        if found:
-            row = _row(task, name, "largest_batch", {0: found[-1][0]}, "pairs")
-            rows.append(row | {"out_of_memory": failed})
+        fits = found[-1][0] if found else 0
+        row = _row(task, name, "largest_batch", {0: fits}, "pairs")
+        rows.append(row | {"out_of_memory": failed})
     return rows
 
 

@@ -1,6 +1,7 @@
 """The SimCon benchmark: its counts against XLA's, its oracle, its rows, its results file."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from benchmarks import simcon_loss_record as record
 from benchmarks import simcon_loss_report as report
 from benchmarks import simcon_loss_workers as workers
 from benchmarks.simcon_loss_programs import Task
+from tests.oracles.simcon import simcon as oracle
 from trm_jax.losses.simcon import simcon_loss
 from trm_jax.types import UserError
 
@@ -23,10 +25,11 @@ from trm_jax.types import UserError
 )
 def test_planned_flop_are_those_of_the_program(loss, alone, shared):
     # 250 pairs fill neither the tiles nor the devices.
-    for options in ({}, {"devices": 2, "columns": "gather"}, {"devices": 8, "columns": "ring"}):
-        task = Task("devices", 250, 16, 16, **options)
+    for devices, columns in ((1, ""), (2, "gather"), (8, "ring")):
+        task = Task("devices", 250, 16, 16, devices=devices, columns=columns)
         assert counts.tile_flop(task, loss) == counts.planned_flop(task, loss)
     assert counts.units(Task("time", 2**20, 16, 16), loss) == pytest.approx(alone, rel=1e-4)
+    assert counts.limit_units(loss) == alone
     assert counts.units(Task("time", 2**20, 16, 16, devices=256), loss) == shared
 
 
@@ -36,9 +39,6 @@ def test_planned_flop_are_those_of_xla_where_no_loop_hides_them():
     for loss in ("SimCon", "MV-SimCon"):
         counted = counts.tile_costs(task, loss)["flops"] * counts.visits(task)
         assert 1.0 < counted / counts.planned_flop(task, loss) < 1.02
-    one_tile = task._replace(batch=64)
-    counted = programs.compiled(one_tile, "SimCon").cost_analysis()["flops"]
-    assert 1.0 < counted / counts.planned_flop(one_tile, "SimCon") < 1.02
 
 
 PROGRAM = """HloModule jit_loss
@@ -76,15 +76,16 @@ def test_collectives_in_loops_count_as_often_as_they_run():
         counts.collectives(PROGRAM.replace(" all-gather(", " all-gather-start("), 4)
 
 
-def test_devices_send_what_the_formula_says():
-    shared = {"loss": "SimCon", "columns": "ring"}
+def test_devices_send_what_the_formula_says(capfd):
     tasks = [
         Task("devices", 256, 32, 16, loss="SimCon", devices=2, columns="gather"),
-        Task("devices", 256, 32, 16, devices=4, **shared),
-        Task("planned", 256, 32, 16, devices=256, **shared),
+        Task("devices", 256, 32, 16, loss="InfoNCE", devices=4, columns="ring"),
+        Task("planned", 256, 32, 16, loss="SimCon", devices=256, columns="ring"),
+        Task("devices", 256, 32, 16, loss="SimCon", devices=64, columns="ring"),
     ]
-    answers: list[list[dict]] = []
-    assert plans.measure(tasks, answers.append) == ""
+    answers: list[list[dict[str, Any]]] = []
+    assert plans.measure(tasks, answers.append).startswith("exit code 1")
+    assert "8 devices where 64 are needed" in capfd.readouterr().err
     gather, ring, planned = ({row["metric"]: row["mean"] for row in rows} for rows in answers)
     # By hand: 128 columns of the other device, each 2 vectors, id and mask, 3 statistics of 2.
     assert gather["all-gather_mb_sent"] == pytest.approx(128 * (2 * 32 * 4 + 5 + 24) / 1e6)
@@ -97,17 +98,14 @@ def test_devices_send_what_the_formula_says():
         assert found["program_mb"] == pytest.approx(tiles + batch) and batch > 0
     # The ring: 4 arrays of columns forward, 3 more backward, each 4 times.
     assert ring["collective-permute_count"] == 4 * (4 + 7)
-    assert gather["gflop"] == 2 * ring["gflop"] == pytest.approx(6 * 2 * 256**2 * 32 / 1e9)
+    assert gather["gflop"] == pytest.approx(6 * 2 * 256**2 * 32 / 1e9)
+    assert ring["gflop"] == pytest.approx(1.5 * 2 * 256**2 * 32 / 1e9)
     assert planned["units"] == pytest.approx(12 / 256)
-    assert all(row["extrapolated"] for row in answers[2]) and answers[0][0]["device"].startswith(
-        "cpu"
-    )
-
-
-def test_a_failed_process_is_reported(capfd):
-    error = plans.measure([Task("devices", 64, 8, 8, loss="SimCon", devices=64)], print)
-    assert error.startswith("exit code 1")
-    assert "8 devices where 64 are needed" in capfd.readouterr().err
+    assert all(row["extrapolated"] for row in answers[2])
+    assert answers[0][0]["device"].startswith("cpu")
+    page = report.page([row | {"part": "devices"} for row in answers[1]])
+    assert f"| {ring['gflop']:.4g} | 1.5 |" in page
+    assert "| 44 collective-permute, 1 all-reduce |" in page
 
 
 def test_dense_programs_take_more_memory(monkeypatch):
@@ -122,9 +120,10 @@ class FakePeer:
     """Stands for the process of PyTorch."""
 
     def __init__(self, task):
-        images, text, scale, *_ = programs.arguments(task, 1)
-        values, _ = simcon_loss(images, text, logit_scale=scale, threshold=programs.THRESHOLD)
-        self.facts = {"forms": ["eager"], "loss": float(values.mean())}
+        images, text = programs.embeddings(task, 1)
+        options: Any = {"scale": programs.SCALE, "threshold": programs.THRESHOLD}
+        values = oracle([x.astype(float) for x in images], text.astype(float), **options)[0]
+        self.facts = {"forms": ["eager"], "loss": values.mean()}
 
     def seconds(self, name):
         return {"eager": 100.0}[name]
@@ -136,7 +135,8 @@ class FakePeer:
 def test_times_stand_beside_each_other_and_the_limit(monkeypatch):
     monkeypatch.setattr(workers, "_torch_worker", FakePeer)
     monkeypatch.setattr(workers, "_LONG", 1e3)
-    task = Task("time", 128, 128, 64, peers=True, rounds=3)
+    monkeypatch.setattr(workers, "LOSSES", {k: programs.LOSSES[k] for k in ("InfoNCE", "SimCon")})
+    task = Task("time", 64, 128, 32, peers=True, rounds=3)
     rows = workers.time_rows(task, chain_flop=1e7)
     found = {(row["name"], row.get("against"), row["metric"]): row for row in rows}
     simcon = found["SimCon", "InfoNCE", "seconds"]
@@ -149,9 +149,9 @@ def test_times_stand_beside_each_other_and_the_limit(monkeypatch):
     assert found[workers.DENSE, "InfoNCE", "seconds"]["ratio"] > 0
     limit = found["matmul limit of SimCon", None, "seconds"]
     rate = found["tile product", None, "gflop_per_s"]
-    assert limit["units"] == 12  # two blocks: 3 tiles of 4
+    assert limit["units"] == 8
     for key, seconds in limit["values"].items():
-        flop = 12 * 2 * 128**3
+        flop = 8 * 2 * 64**2 * 128
         assert seconds * rate["values"][key] * 1e9 == pytest.approx(flop, rel=1e-4)
     assert found[workers.TORCH, None, "relative_difference"]["mean"] < 1e-5
 
@@ -200,12 +200,32 @@ def test_the_rows_oracle_is_the_dense_gradient(monkeypatch):
 
 def test_a_record_is_checked_on_rounded_vectors():
     task = Task("record", 256, 128, 64, dtype="bfloat16", rounds=1)
-    rows = {
-        r["metric"]: r for r in workers.record_rows(task, chain_flop=1e7) if r["name"] == "SimCon"
-    }
+    rows = workers.record_rows(task, chain_flop=1e7)
+    rows = {row["metric"]: row for row in rows if row["name"] == "SimCon"}
     assert rows["loss_error"]["mean"] < 1e-3 and rows["gradient_cosine"]["mean"] > 0.999
     assert rows["threshold_margin"]["mean"] > 1e-2 and rows["mean_positives"]["mean"] > 1.2
     assert rows["seconds"]["ratio"] > 0
+
+
+def test_a_peak_needs_a_device_that_tells_it():
+    rows = workers.peak_rows(Task("peak", 64, 128, 32, loss="InfoNCE"))
+    assert [row["metric"] for row in rows] == ["program_mb"] and rows[0]["mean"] > 0
+
+
+@pytest.mark.parity
+def test_the_largest_batch_of_the_peer_stands_in_the_page(monkeypatch):
+    from benchmarks import torch_simcon
+
+    def largest(task, form):
+        return ([(8192, 0.1, 5e3), (16_384, 0.4, 2e4)], 32_768) if form == "eager" else ([], 8192)
+
+    monkeypatch.setattr(torch_simcon, "largest", largest)
+    rows = workers.fit_rows(Task("fit", 8192, 512, 2048, dtype="bfloat16"))
+    page = report.page([row | {"device": "gpu", "part": "fit", "task": "fit"} for row in rows])
+    assert "| gpu | 16384 | 512 | bfloat16 | 2048 | SimCon, PyTorch | 0.4 |" in page
+    assert "| gpu | 8192 | 512 | bfloat16 | SimCon, PyTorch | peak_extra_mb | 5000 MB |" in page
+    assert "largest_batch | 16384 pairs, 32768 does not fit |" in page
+    assert "compiled | largest_batch | 0 pairs, 8192 does not fit |" in page and len(rows) == 6
 
 
 @pytest.mark.parity
@@ -263,8 +283,8 @@ def _fake(metrics, calls, broken=()):
             if task.devices in broken:
                 return "exit code 1"
             calls.append(task)
-            values = {0: metrics[task.devices] if task.part == "devices" else 1.5}
-            row = workers._row(task, task.loss or "SimCon", "program_mb_of_batch", values, "MB")
+            values = {0: metrics[task.devices]}
+            row = workers._row(task, task.loss, "program_mb_of_batch", values, "MB")
             finished([row | {"device": "cpu", "load": 0.1}])
         return ""
 
@@ -273,7 +293,7 @@ def _fake(metrics, calls, broken=()):
 
 def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     path, calls = tmp_path / "simcon_loss.json", []
-    options = {"again": False, "backend": "cpu", "device": "cpu"}
+    options: dict[str, Any] = {"again": False, "backend": "cpu", "device": "cpu"}
     tasks = [Task("devices", 64, 8, loss="SimCon", devices=n, columns="ring") for n in (1, 2, 8)]
     monkeypatch.setattr(plans, "measure", _fake({1: 8.0, 2: 4.2}, calls, broken=(8,)))
     with pytest.raises(RuntimeError, match="1 measurements failed: cpu devices .*devices=8"):
@@ -288,7 +308,8 @@ def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     assert [row.get("ratio") for row in body["rows"]] == [None, 0.525, 0.125]
     assert {"name", "command", "date", "device", "cores", "versions", "seconds"} <= set(body)
     monkeypatch.setattr(plans, "measure", _fake({1: 16.0}, calls))
-    plans.run(tasks[:1], path, **(options | {"again": True}))
+    options["again"] = True
+    plans.run(tasks[:1], path, **options)
     body = json.loads(path.read_text())
     assert sorted((r["mean"], r.get("ratio")) for r in body["rows"] if "ratio" in r) == [
         (1.0, 0.0625),
@@ -300,7 +321,7 @@ def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
 def test_the_page():
     task = Task("time", 1024, 256, 512)
     row = workers._row(task, "SimCon", "seconds", {0: 0.5, 1: 0.25, 2: 0.75}, "s")
-    row |= {"device": "cpu", "part": "time"}
+    row |= {"device": "cpu", "part": "time", "task": "cpu time"}
     rows = [
         row | {"ratio": 2.0, "against": "InfoNCE"},
         row | {"ratio": 1.25, "against": "matmul limit of SimCon"},
@@ -310,7 +331,8 @@ def test_the_page():
     ):
         rows.append(extra | {"device": "cpu", "part": "planned"})
     page = report.page(rows)
-    line = "| cpu | 1024 | 256 | float32 | 512 | SimCon | 0.5 (0.25 to 0.75) | 2.00 x InfoNCE, 1.25 x limit |"
+    line = "| cpu | 1024 | 256 | float32 | 512 | SimCon | 0.5 (0.25 to 0.75) "
+    line += "| 2.00 x InfoNCE, 1.25 x limit |"
     assert line in page
-    assert "| *1024* | *256* | *4* | *SimCon* | *256* | *ring* | *0.025166* | *0.0469* |" in page
-    assert "## Temporaries" not in page and "## On a GPU" not in page
+    assert "| *1024* | *256* | *4* | *SimCon* | *256* | *ring* | *0.02517* | *0.04688* |" in page
+    assert "## Temporaries" not in page and "## Agreement" not in page

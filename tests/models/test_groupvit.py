@@ -331,8 +331,9 @@ def test_mistakes_are_named(changed, message):
 
 def test_projectors_and_loops_of_other_towers_are_refused(variables):
     other = {"embed_dim": 6, "image": VIT, "text": TEXT}
+    features = {"kind": "features", "width": 4, "hidden": 4}
     with pytest.raises(UserError, match="projector_hidden = 5 is for the image kinds groupvit"):
-        validate(other | {"projector_hidden": 5})
+        validate(other | {"image": features, "projector_hidden": 5})
     with pytest.raises(UserError, match="projector_hidden must be a width or 0, not -1"):
         validate(CONFIG | {"projector_hidden": -1})
     with pytest.raises(UserError, match="remat_image and scan_image are for .* not 'vit'"):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from trm_jax.losses.contrastive import dense_info_nce, info_nce
@@ -54,15 +55,18 @@ def make(
         return jnp.exp(jnp.minimum(learned, jnp.log(max_scale)))
 
     def loss(params, extras, batch, *, key, step, train) -> StepOutput:
-        del key, step
-        mutable = list(extras) if train else []
+        del step
+        valid, mutable = batch["valid"], list(extras) if train else []
+        keys = jax.random.split(key, valid.shape[0]) if train else None
+
+        def both(m):
+            pair = m.encode_image(batch[images], train, keys, valid)
+            return pair, m.encode_text(batch["tokens"], train, valid)
+
         ((image, dense), text), new = model.apply(
-            variables(params, extras),
-            mutable=mutable,
-            method=lambda m: (m.encode_image(batch[images], train), m.encode_text(batch["tokens"])),
+            variables(params, extras), mutable=mutable, method=both
         )
         image, text = normalize(image), normalize(text)
-        valid = batch["valid"]
         values = info_nce(image, text, logit_scale=scale(params), where=valid)
         matched = (image * text).sum(-1)
         metrics = {

@@ -182,12 +182,15 @@ def _title(config: dict[str, Any]) -> str:
     if name := identify.named(config):
         return name
     fields = [("embed_dim", config["embed_dim"])]
+    if config["projector_hidden"]:
+        fields.append(("projector_hidden", config["projector_hidden"]))
     for tower in ("image", "text"):
-        hidden = ("kind", "mean", "std", "activation", "eos_id")
+        hidden = ("kind", "mean", "std", "activation", "eos_id", "drop_path")
         fields += [(f"{tower}.{k}", v) for k, v in config[tower].items() if k not in hidden]
         if config[tower].get("activation") == "gelu":
             fields.append((f"{tower}.activation", "gelu"))
-    kind = {"vit": "ViT", "resnet": "ResNet"}.get(config["image"]["kind"], "feature projection")
+    kinds = {"vit": "ViT", "resnet": "ResNet", "groupvit": "GroupViT"}
+    kind = kinds.get(config["image"]["kind"], "feature projection")
     listed = ", ".join(f"{name} {value}" for name, value in fields)
     return f"a CLIP {kind}, none of the named ones: {listed}"
 

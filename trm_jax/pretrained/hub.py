@@ -64,7 +64,7 @@ def fetch(repository: str, revision: str | None = None) -> Path:
 def _elsewhere(repository: str, where: str) -> str:
     """What can be done on a machine that does not reach the hub."""
     for name, published in PUBLISHED.items():
-        if published.repository == repository:
+        if published.repository == repository and published.openai_file:
             return (
                 f"elsewhere, download {FILES[0]} of {where} and give its path, or put OpenAI's "
                 f"{published.openai_file} into ~/.cache/clip and set model.pretrained={name}"

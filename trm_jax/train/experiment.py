@@ -144,7 +144,7 @@ def _check_attention(clip: dict[str, Any], dtype: np.dtype) -> None:
     if clip["attention"] != "cudnn":
         return
     kind, backend = clip["image"]["kind"], jax.default_backend()
-    if not (kind == "vit" and backend == "gpu" and dtype == jnp.bfloat16):
+    if not (kind in ("vit", "groupvit") and backend == "gpu" and dtype == jnp.bfloat16):
         raise UserError(
             "model.clip.attention='cudnn' is for a ViT on an NVIDIA GPU with bfloat16; this is a "
             f"{kind} on {backend} with {dtype}: use 'xla'"

@@ -12,7 +12,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Image kinds whose features may go through an MLP projector in place of their own projection.
-PROJECTED = ("groupvit",)
+PROJECTED = ("groupvit", "vit", "resnet")
 
 _REQUIRED = object()
 _PIXELS = {"image_size": _REQUIRED, "mean": CLIP_MEAN, "std": CLIP_STD}

@@ -101,7 +101,7 @@ class AttentionPool(nn.Module):
             return nn.Dense(features, dtype=self.dtype, kernel_init=init, name=name)
 
         q_proj, k_proj, v_proj = (linear(c, f"{name}_proj") for name in "qkv")
-        c_proj = linear(self.embed_dim, "c_proj")
+        c_proj = linear(self.embed_dim, "c_proj") if self.embed_dim else lambda y: y
         positions = self.param("positional_embedding", init, (self.side**2 + 1, c))
         positions = resize_grid(positions, (self.side, self.side), (h, w)).astype(self.dtype)
         plain = x.reshape(n, h * w, c)

@@ -86,8 +86,9 @@ class VisionTransformer(nn.Module):
         for block in blocks[:-1]:
             x = block(x)
         ln_post = layer_norm("ln_post")
+        cls = ln_post(blocks[-1].read(x, jnp.zeros(len(x), jnp.int32)))
+        dense = ln_post(blocks[-1].value_path(x[:, 1:])).astype(self.dtype)
+        if not self.embed_dim:
+            return cls, dense
         proj = self.param("proj", normal, (self.width, self.embed_dim)).astype(self.dtype)
-        cls = blocks[-1].read(x, jnp.zeros(len(x), jnp.int32))
-        embedding = ln_post(cls).astype(self.dtype) @ proj
-        dense = ln_post(blocks[-1].value_path(x[:, 1:])).astype(self.dtype) @ proj
-        return embedding.astype(jnp.float32), dense
+        return (cls.astype(self.dtype) @ proj).astype(jnp.float32), dense @ proj
