@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,13 @@ def measure(group: Sequence[Task], finished: Callable[[list[dict[str, Any]]], No
     return f"exit code {process.returncode} {last}".strip() if process.returncode else ""
 
 
+def _torch_version() -> str | None:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def write(
     path: Path, rows: list[dict[str, Any]], planned: Sequence[str], device: str, seconds: float
 ) -> None:
@@ -172,6 +180,7 @@ def write(
         "device": device,
         "cores": os.cpu_count(),
         "seconds": round(before.get("seconds", 0) + seconds, 1),
+        "torch": _torch_version(),
         **({"partial": True} if missing else {}),
         "rows": report.with_shares(merged),
     }
