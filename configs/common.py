@@ -41,6 +41,7 @@ def base() -> ConfigDict:
             "label_seed": 0,
             "mask_file": "",
             "augment": "none",
+            "test_augment": "none",  # squash to a square; "center_crop" is ImageNet's protocol
             "workers": 0,  # decoding processes; 0: threads
             "cache_features": False,  # read the frozen tower's features, not the images
             "cache_dir": "",  # default: WORKDIR/features
@@ -343,7 +344,8 @@ def groupvit(arg: str, *, parts: tuple[str, ...] = ()) -> ConfigDict:
     config.data.update({
         "dataset": "mixture" if parts else "webdataset", "root": root,
         "image_size": 224, "text_length": 77, "batch_size": 2048, "augment": "groupvit",
-        "test_dataset": "voc_segmentation", "max_bad_fraction": 0.02,
+        "test_augment": "center_crop", "test_dataset": "voc_segmentation",
+        "max_bad_fraction": 0.02,
     })
     if parts:
         config.data.options.parts = tuple(
@@ -359,19 +361,22 @@ def groupvit(arg: str, *, parts: tuple[str, ...] = ()) -> ConfigDict:
 
 
 def groupvit_glyphs(image_size: int) -> ConfigDict:
-    """A GroupViT small enough for a CPU: 64 tokens of width 96, 16 groups, then 8."""
+    """A GroupViT small enough for a CPU: patches of 8 pixels, width 64, 12 groups, then 6.
+
+    No MLP projectors: at this size their batch statistics keep the towers from getting started.
+    """
     return ConfigDict({
-        "embed_dim": 96,
-        "projector_hidden": 384,
+        "embed_dim": 64,
+        "projector_hidden": 0,
         "dense_pos_embed": False,
         "image": {
-            "kind": "groupvit", "patch_size": image_size // 8, "width": 96, "heads": 3,
-            "depths": (2, 1, 1), "group_tokens": (16, 8, 0), "output_groups": (16, 8, 0),
-            "drop_path": 0.0, "image_size": image_size,
+            "kind": "groupvit", "patch_size": 8, "width": 64, "heads": 2, "depths": (2, 1, 1),
+            "group_tokens": (12, 6, 0), "output_groups": (12, 6, 0), "drop_path": 0.0,
+            "activation": "quick_gelu", "image_size": image_size,
             "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25),
         },
         "text": {
-            "vocab_size": 0, "context_length": 32, "width": 96, "heads": 3, "layers": 2,
+            "vocab_size": 0, "context_length": 32, "width": 64, "heads": 2, "layers": 2,
             "activation": "quick_gelu", "eos_id": 0,
         },
     })

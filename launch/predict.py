@@ -2,14 +2,16 @@
 
 python launch/predict.py --workdir=runs/demo --images photo.jpg folder/ --out=predictions
 
-Multi-label runs give every class a probability and show where they looked; two-tower runs rank
-the images for each --query. Runs on precomputed features read them from --features=FILE.npz.
+Multi-label runs give every class a probability and show where they looked. Two-tower runs rank the
+images for each --query, and segment them into --classes, whichever names you give. Runs on
+precomputed features read them from --features=FILE.npz.
 """
 
 import json
 from pathlib import Path
 
 import cli
+import cv2
 import numpy as np
 from absl import flags
 
@@ -18,11 +20,13 @@ from trm_jax.train import predictor
 from trm_jax.types import BadSampleError, UserError
 from trm_jax.visualize.ranking import render_ranking
 from trm_jax.visualize.regions import render_heatmaps
+from trm_jax.visualize.segmentation import render_segmentation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run", required=True)
 _IMAGES = flags.DEFINE_multi_string("images", None, "An image file or a folder", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for the predictions", required=True)
 _QUERY = flags.DEFINE_multi_string("query", [], "A text to rank the images for (two towers)")
+_CLASSES = flags.DEFINE_list("classes", [], "Class names to segment images into (two towers)")
 _FEATURES = flags.DEFINE_string("features", "", "npz with image_ids and features, FILE[:KEY]")
 _TOP = flags.DEFINE_integer("top", 5, "Heat maps or ranked images per picture", lower_bound=1)
 
@@ -51,15 +55,19 @@ def main(arguments: list[str]) -> None:
     batches = list(_batches(model, images, stacked))
     out.mkdir(parents=True, exist_ok=True)
     two_towers = "embed_text" in model.method.predict
-    if two_towers != bool(_QUERY.value):
+    if two_towers != bool(_QUERY.value or _CLASSES.value):
         raise UserError(
-            "this run ranks images for texts: give --query='a photo of a dog'"
+            "this run ranks images for texts: give --query='a photo of a dog', or --classes=dog,cat"
             if two_towers
-            else "--query is for two-tower runs; this one scores its classes"
+            else "--query and --classes are for two-tower runs; this one scores its classes"
         )
-    lines = (
-        _rank(model, images, batches, out) if two_towers else _score(model, images, batches, out)
-    )
+    lines = []
+    if not two_towers:
+        lines += _score(model, images, batches, out)
+    if _QUERY.value:
+        lines += _rank(model, images, batches, out)
+    if _CLASSES.value:
+        lines += _segment(model, images, out)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (out / "predictions.jsonl").write_text(text)
     print(f"{len(lines)} predictions in {out / 'predictions.jsonl'}")
@@ -73,6 +81,19 @@ def _score(model, images, batches, out: Path) -> list[dict]:
             image, maps, scores, path=_free(out, file.stem), top_k=_TOP.value, scaling="map"
         )
         lines.append({"image": str(file), "scores": scores})
+    return lines
+
+
+def _segment(model, images, out: Path) -> list[dict]:
+    """The share of each class in an image, a picture, and the label map as a PNG of indices."""
+    names, lines = [name.strip() for name in _CLASSES.value], []
+    found = model.segment(images.values(), names)
+    for (file, image), labels in zip(images.items(), found, strict=True):
+        path = render_segmentation(image, labels, names, path=_free(out, file.stem))
+        # 0 is the background, k + 1 the k-th of --classes.
+        cv2.imwrite(str(path.with_suffix(".labels.png")), (labels + 1).astype(np.uint16))
+        shares = {name: float((labels == k).mean()) for k, name in enumerate(names)}
+        lines.append({"image": str(file), "scores": shares})
     return lines
 
 

@@ -72,7 +72,8 @@ def simcon_loss(
       where: [n], pairs that count; the others are neither anchors nor candidates.
       implementation: "dense", "streaming", or "auto": dense up to 512 pairs.
       columns: how a device of the streaming form gets the columns: "gather" (all at once) or
-        "ring" (one device's share at a time: less memory, as many bytes).
+        "ring" (a piece at a time: less memory, more than twice the bytes, since XLA keeps the
+        gathered columns from the forward to the backward pass).
       block: side of the streaming tiles, 0 for a default.
       mesh: over whose devices the rows are shared, default that of the context (jax.set_mesh).
 

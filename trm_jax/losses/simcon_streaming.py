@@ -24,6 +24,8 @@ from trm_jax.losses import simcon_tiles as tiles
 from trm_jax.losses.simcon_tiles import Block, Gradient, Pulls, Settings, Stats
 from trm_jax.types import Array
 
+_PIECES = 8  # at most, of a device's share on a ring
+
 
 class Plan(NamedTuple):
     """Static: the arithmetic, the tiles' side, how columns arrive, and over which mesh."""
@@ -200,6 +202,9 @@ def _over_columns(plan: Plan, carry, held: tuple, visit: Callable):
 
         return visit(carry, tuple(gathered(part) for part in held))
     neighbours = [(i, (i + 1) % plan.devices) for i in range(plan.devices)]
+    # Pieces of a share go round one after the other: what travels takes little memory.
+    blocks = held[0].valid.shape[0] // plan.block
+    pieces = max(count for count in range(1, _PIECES + 1) if blocks % count == 0)
 
     def step(state, _):
         carry, held = state
@@ -207,7 +212,11 @@ def _over_columns(plan: Plan, carry, held: tuple, visit: Callable):
         passed = jax.tree.map(lambda x: jax.lax.ppermute(x, plan.axes, neighbours), held)
         return (visit(carry, held), passed), None
 
-    return jax.lax.scan(step, (carry, held), None, length=plan.devices)[0][0]
+    def round_trip(carry, index):
+        piece = tuple(_take(part, index, blocks // pieces * plan.block) for part in held)
+        return jax.lax.scan(step, (carry, piece), None, length=plan.devices)[0][0], None
+
+    return jax.lax.scan(round_trip, carry, np.arange(pieces, dtype=np.int32))[0]
 
 
 def _block(plan: Plan, images, text, valid) -> Block:

@@ -124,7 +124,7 @@ def image_spec(clip: dict[str, Any], image_size: int) -> tuple[BatchSpec, tuple[
 
 def transform(data: ConfigDict, *, train: bool) -> ImageTransform:
     """What happens to an image on its way into a batch."""
-    return image_transform(data.augment if train else "none", data.image_size)
+    return image_transform(data.augment if train else data.test_augment, data.image_size)
 
 
 def cached(

@@ -1,7 +1,7 @@
 """A trained model from its workdir alone: no training data, no pretrained file is needed."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from trm_jax.data import tokenizers
 from trm_jax.data.transforms import image_transform
+from trm_jax.evaluate import segmentation, zero_shot
+from trm_jax.evaluate.segmentation_windows import Protocol
 from trm_jax.models.clip import towers
 from trm_jax.train import checkpoints, datasets, experiment, paths, sharding, workdirs
 from trm_jax.types import BatchSpec, DataInfo, Method, PyTree, UserError
@@ -35,7 +37,8 @@ class Predictor(NamedTuple):
 
     def images(self, images: Iterable[np.ndarray], size: int = 16) -> Iterator[dict[str, Any]]:
         """Batches of `size` from RGB uint8 images of any size; the last one is padded with 0."""
-        transform = image_transform("none", self.config.data.image_size)
+        name = self.config.data.get("test_augment", "none")
+        transform = image_transform(name, self.config.data.image_size)
         rows = [transform(image, np.random.default_rng(0)) for image in images]
         for start in range(0, len(rows), size):
             part = np.stack(rows[start : start + size])
@@ -62,6 +65,32 @@ class Predictor(NamedTuple):
             yield (
                 dict(zip(self.class_names, scores.tolist(), strict=True)),
                 dict(zip(self.class_names, maps, strict=True)),
+            )
+
+    def segment(
+        self, images: Iterable[np.ndarray], class_names: Sequence[str]
+    ) -> Iterator[np.ndarray]:
+        """int16 [H, W] of each RGB uint8 image: the class of every pixel, -1 background.
+
+        Any class names will do: it is zero-shot, by the run's own protocol and templates.
+        """
+        if "segments" not in self.method.predict:
+            raise UserError(f"this run's method ({self.config.method}) cannot segment images")
+        settings = self.config.evaluate
+        protocol = Protocol(**settings.segmentation.to_dict())
+        embed_text = jax.jit(self.method.predict["embed_text"])
+        segments = jax.jit(self.method.predict["segments"])
+        classes = zero_shot.class_embeddings(
+            lambda tokens: embed_text(self.params, self.extras, {"tokens": tokens})["projection"],
+            self.tokenizer,
+            class_names,
+            settings.templates,
+            length=self.config.data.text_length,
+            normalize_first=False,
+        )
+        for image in images:
+            yield segmentation.label_map(
+                lambda rows: segments(self.params, self.extras, rows), classes, image, protocol
             )
 
 

@@ -58,8 +58,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     finally:
         writer.close()
         _write_report(folder, report, run, started)
-    if "regions" in built.method.predict:
-        pictures.write(folder, built.test, config.evaluate.pictures)
+    pictures.write(folder, built.test, config.evaluate.pictures)
     distributed.barrier()  # until the last line is written
     lines = metrics.read_lines(folder / "metrics.jsonl")
     return lines[-1] if lines else {}  # a network disk may show the file late
@@ -133,6 +132,7 @@ def _data_report(built: Experiment) -> dict[str, Any]:
             "labels_negative": int((observed == -1).sum()) if observed is not None else None,
             "labels_unknown": int((observed == 0).sum()) if observed is not None else None,
         },
+        "mixture": getattr(built.train, "counts", None),
         "label_mask_sha256": partial_labels.mask_sha256(observed) if observed is not None else None,
     }
 

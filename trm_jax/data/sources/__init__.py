@@ -67,6 +67,7 @@ def _open_glyphs(
     clutter: float = 1.0,
     max_objects: int = 6,
     object_scale: float = 1.0,
+    typical_color: float = 0.0,
     attributes: bool = True,
     seed: int = 0,
 ) -> Source:
@@ -85,6 +86,7 @@ def _open_glyphs(
         clutter=clutter,
         max_objects=max_objects,
         object_scale=object_scale,
+        typical_color=typical_color,
         attributes=attributes,
     )
 

@@ -103,11 +103,18 @@ def _choose_background(draw: Callable[[], float]) -> Background:
     )
 
 
-def _choose_color(draw: Callable[[], float], behind: Background) -> tuple[int, _RGB]:
-    """The first of six random colours unlike both of the background's, or the last."""
+def _choose_color(
+    draw: Callable[[], float], behind: Background, typical: int | None = None
+) -> tuple[int, _RGB]:
+    """The first of six random colours unlike both of the background's, or the last.
+
+    The first is `typical` if there is one.
+    """
     color, rgb = 0, behind.rgb
-    for _ in range(6):
+    for attempt in range(6):
         color = int(draw() * len(COLOR_NAMES))
+        if attempt == 0 and typical is not None:
+            color = typical
         rgb = _jittered(draw, PALETTE[COLOR_NAMES[color]], 20)
         if _difference(rgb, behind.rgb) > 150 and _difference(rgb, behind.second_rgb) > 110:
             break
@@ -130,7 +137,9 @@ def _choose_place(draw: Callable[[], float], size: float, placed) -> tuple[float
     return best
 
 
-def _choose_layout(draw: Callable[[], float], classes: Sequence[int], scale: float) -> Scene:
+def _choose_layout(
+    draw: Callable[[], float], classes: Sequence[int], scale: float, typical_color: float
+) -> Scene:
     background = _choose_background(draw)
     largest = _LARGEST[len(classes) - 1]
     # Large objects are placed and painted first, so no object is hidden behind a larger one.
@@ -139,7 +148,10 @@ def _choose_layout(draw: Callable[[], float], classes: Sequence[int], scale: flo
     order = sorted(classes, key=lambda _: draw())
     objects: list[SceneObject] = []
     for category, size in zip(order, sizes, strict=True):
-        color, rgb = _choose_color(draw, background)
+        typical = None
+        if typical_color and draw() < typical_color:
+            typical = category % len(COLOR_NAMES)
+        color, rgb = _choose_color(draw, background, typical)
         x, y = _choose_place(draw, size, objects)
         objects.append(
             SceneObject(
@@ -174,6 +186,8 @@ class GlyphScenes:
         clutter: amount of things of no category; 0 for none, 1 for the default.
         max_objects, object_scale: 1 to 6 and a factor of the sizes in (0, 2]: few large objects
             are a curriculum for encoders that start from nothing.
+        typical_color: probability that an object has the colour that is typical of its category
+            (three or four categories share one): real things have one, and encoders find it first.
         attributes: whether captions tell colours and sizes, which are easier to learn than names.
 
     Raises:
@@ -189,6 +203,7 @@ class GlyphScenes:
         clutter: float = 1.0,
         max_objects: int = 6,
         object_scale: float = 1.0,
+        typical_color: float = 0.0,
         attributes: bool = True,
     ):
         if not 0 <= seed < 2**63:
@@ -203,10 +218,12 @@ class GlyphScenes:
             raise UserError(f"glyphs: clutter must lie in [0, 10], it is {clutter}")
         if not (1 <= max_objects <= len(_COUNTS) and 0.0 < object_scale <= 2.0):
             raise UserError("glyphs: max_objects must lie in [1, 6], object_scale in (0, 2]")
+        if not 0.0 <= typical_color <= 1.0:
+            raise UserError(f"glyphs: typical_color must lie in [0, 1], it is {typical_color}")
         self.seed, self.size, self.image_size = seed, size, image_size
         self.caption_noise, self.clutter = caption_noise, clutter
         self.max_objects, self.object_scale = max_objects, object_scale
-        self.attributes = attributes
+        self.typical_color, self.attributes = typical_color, attributes
         self.class_names: tuple[str, ...] = CLASS_NAMES
 
     def __len__(self) -> int:
@@ -296,7 +313,8 @@ class GlyphScenes:
 
     def _scene(self, index: int) -> Scene:
         classes = _choose_classes(self._draw("classes", index), self.max_objects)
-        return _choose_layout(self._draw("layout", index), classes, self.object_scale)
+        draw = self._draw("layout", index)
+        return _choose_layout(draw, classes, self.object_scale, self.typical_color)
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.size:
