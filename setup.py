@@ -29,6 +29,7 @@ setup(
         "matplotlib>=3.9",
         "ml_collections>=1.1",
         "ml_dtypes>=0.5",
+        "nltk>=3.9",
         "numpy>=2.1",
         "opencv-python-headless>=4.10",
         "optax>=0.2.8",

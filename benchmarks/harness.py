@@ -57,6 +57,15 @@ _NOT_IN_FINGERPRINT = (
     "train.keep",
     "evaluate.pictures",
 )
+# Fields younger than the first records, which were measured with what is the default now. A
+# section that is empty, such as data.test_options, never counts.
+_LATER_FIELDS = {
+    "data.test_dataset": "",
+    "data.test_root": "",
+    "data.caption_shuffle": 0.0,
+    "data.test_augment": "none",
+    "optimizer.end_rate": 0.0,
+}
 
 
 class Task(NamedTuple):
@@ -96,7 +105,9 @@ class Task(NamedTuple):
         read = {
             key: value
             for key, value in flat.items()
-            if key.startswith(self.sections) and key not in _NOT_IN_FINGERPRINT
+            if key.startswith(self.sections)
+            and key not in _NOT_IN_FINGERPRINT
+            and not (key in _LATER_FIELDS and value == _LATER_FIELDS[key])
         }
         read["weights"] = _weights_hash(self.config.model.pretrained)
         read["measure"] = self.measure.__name__

@@ -1,4 +1,4 @@
-"""A small GroupViT on glyph scenes whose captions do not all match: SimCon at minutes on a CPU.
+"""A small GroupViT on glyph scenes whose captions do not all match: SimCon in minutes on a CPU.
 
 python launch/train.py --config=configs/simcon_glyphs.py:mv_simcon,0.3 --workdir=runs/simcon_glyphs
 """
@@ -10,25 +10,26 @@ def get_config(arg: str = ""):
     """`arg` is LOSS or LOSS,NOISE: infonce, simcon or mv_simcon; share of noisy captions (0.3)."""
     name, _, noise = arg.partition(",")
     config = common.simcon(common.base(), name or "mv_simcon")
-    config.model.clip = common.groupvit_glyphs(64)
+    config.model.clip = common.groupvit_glyphs(48)
     config.model.tokenizer = "words"
     config.data.update({
-        "dataset": "glyphs", "image_size": 64, "text_length": 20, "batch_size": 256,
-        "train_size": 25_600, "test_size": 500, "augment": "flip_crop",
+        "dataset": "glyphs", "image_size": 48, "text_length": 20, "batch_size": 128,
+        "train_size": 19_200, "test_size": 500, "augment": "flip_crop",
     })
     config.data.options.update({
         "caption_noise": float(noise or 0.3), "clutter": 0.0, "max_objects": 2,
-        "object_scale": 2.0, "attributes": False, "seed": 11,
+        "object_scale": 1.6, "attributes": False, "typical_color": 1.0, "categories": 12,
+        "seed": 11,
     })
     config.optimizer.update({
         "learning_rate": 2e-3, "schedule": "cosine", "warmup_epochs": 0.5, "weight_decay": 0.05,
-        "b2": 0.98, "decay": ("kernel$",), "clip": 5.0,
+        "b2": 0.98, "decay": ("kernel$",), "clip": 1.0,
     })
     config.train.update({
-        "epochs": 4, "log_every": 25, "eval_every": 100, "checkpoint_every": 400,
+        "epochs": 8, "log_every": 50, "eval_every": 150, "checkpoint_every": 600,
     })
     config.evaluate.update({"kinds": ("segmentation", "retrieval"), "batch_size": 100})
     config.evaluate.segmentation.update({
-        "short_side": 64, "window": 64, "stride": 32, "batch_size": 100,
+        "short_side": 48, "window": 48, "stride": 24, "batch_size": 100,
     })
     return config

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from trm_jax.data import examples
+from trm_jax.data.sources.caption_shuffle import ShuffledCaptions
+from trm_jax.data.sources.glyphs import GlyphScenes
+from trm_jax.data.sources.subset import Subset
 from trm_jax.data.tokenizers import WordTokenizer
 from trm_jax.data.transforms import image_transform
 from trm_jax.types import BadSampleError, UserError
@@ -92,6 +95,36 @@ def test_caption_examples_draw_one_caption_and_skip_uncaptioned():
     assert drawn == {10, 11, 12}
     blank = data.blank(0)
     assert blank["index"] == 0 and blank["tokens"].tolist() == [0] * 6
+
+
+def test_nouns_add_their_prompts_and_change_nothing_else():
+    glyphs = GlyphScenes(seed=0, size=20, image_size=32)
+    tokenizer = WordTokenizer(glyphs.vocabulary())
+    words, names = {**dict(enumerate(tokenizer.words, 4)), 2: "", 3: "", 0: ""}, glyphs.noun_words()
+    transform = image_transform("flip_crop", 16)
+    # What wraps a source knows the nouns of its captions too.
+    for source in (glyphs, Subset(glyphs, range(5, 15)), ShuffledCaptions(glyphs, 0.5, 0)):
+        plain = examples.CaptionExamples(source, tokenizer, 18, transform)
+        data = examples.CaptionExamples(source, tokenizer, 18, transform, nouns=3)
+        expected = plain.sample(7, np.random.default_rng(4))
+        sample = data.sample(7, np.random.default_rng(4))
+        prompts = sample.pop("noun_tokens")
+        assert prompts.shape == (3, 18) and prompts.dtype == np.int32
+        assert sample.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(sample[name], value)
+        caption = {words[token] for token in sample["tokens"]}
+        for row in prompts:  # a photo of ... NOUN, of the caption that is in the sample
+            text = [words[token] for token in row]
+            assert text[0] == "" and set(text) & names <= caption & names
+            assert len(set(text) & names) == 1 and {"a", "photo", "of"} < set(text)
+        again = data.sample(7, np.random.default_rng(4))
+        np.testing.assert_array_equal(again["noun_tokens"], prompts)
+        blank = data.blank(-1)
+        assert blank["noun_tokens"].shape == (3, 18) and not blank["noun_tokens"].any()
+        assert not blank["valid"] and "noun_tokens" not in plain.blank(0)
+    with pytest.raises(UserError, match="take 1 or more"):
+        examples.CaptionExamples(glyphs, tokenizer, 18, transform, nouns=-1)
 
 
 def test_caption_texts_and_images_share_the_source_index():

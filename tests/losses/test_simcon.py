@@ -128,6 +128,17 @@ def test_streaming_on_several_devices(name, devices, columns, vectors):
     assert_close(run(vectors, name, mesh=mesh(devices), **options), dense(name))
 
 
+@pytest.mark.parametrize("implementation", ["dense", "streaming"])
+def test_an_infinite_threshold_is_infonce(implementation, vectors):
+    images, text = (jnp.asarray(x, jnp.float32) for x in vectors[1:])
+    for choice in ("include", "exclude"):
+        options = {"implementation": implementation, "block": 8, "self_similarity": choice}
+        found = simcon_loss((images,), text, logit_scale=9.0, threshold=jnp.inf, **options)
+        wanted = simcon_loss((images,), text, logit_scale=9.0, threshold=None)
+        np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+        np.testing.assert_allclose(found[1].own_weight, 1.0)
+
+
 def test_mesh_of_the_context(vectors):
     views = tuple(jnp.asarray(x, jnp.float32) for x in vectors)
     options = {"logit_scale": 10.0, "threshold": 0.5, "implementation": "streaming", "block": 8}

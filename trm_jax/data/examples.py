@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
+from trm_jax.data.nouns import NounPrompts
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.lazy import captioned
 from trm_jax.data.tokenizers import Tokenizer
@@ -142,7 +143,8 @@ class CaptionExamples:
 
     Images without a caption are left out; "index" is the position in the source all the same.
     Where that is seen only when the caption is read (see sources/lazy.py), they are bad samples.
-    Keys of a sample: the inputs as in MultiLabelExamples; tokens int32 [length].
+    Keys of a sample: the inputs as in MultiLabelExamples; tokens int32 [length]; with `nouns` m > 0
+    also noun_tokens int32 [m, length], prompts of the caption's nouns (see data/nouns.py).
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class CaptionExamples:
         transform: Transform | None = None,
         *,
         views: int = 1,
+        nouns: int = 0,
     ):
         self.source = source
         self.tokenizer = tokenizer
@@ -161,12 +164,13 @@ class CaptionExamples:
         if not len(self.indices):
             raise UserError("this dataset has no captions; choose another data.dataset or method")
         self._inputs = _Inputs(source, transform, views)
+        self._nouns = NounPrompts(nouns, source, tokenizer) if nouns else None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def sample(self, position: int, rng: np.random.Generator) -> Sample:
-        """Inputs and one caption, drawn by `rng`."""
+        """Inputs, one caption and the prompts of its nouns, drawn by `rng`."""
         index = int(self.indices[position])
         captions = self.source.captions(index)
         if not captions:
@@ -175,12 +179,17 @@ class CaptionExamples:
         caption = captions[int(rng.integers(len(captions)))]
         sample = self._inputs.read(index, rng)
         sample["tokens"] = self.tokenizer([caption], self.length)[0]
+        if self._nouns is not None:
+            # Drawn last: all else is the same with and without nouns.
+            sample["noun_tokens"] = self.tokenizer(self._nouns(caption, rng), self.length)
         return _mark(sample, index, valid=True)
 
     def blank(self, position: int) -> Sample:
         """Zeros, valid=False."""
         sample = self._inputs.zeros()
         sample["tokens"] = np.zeros(self.length, np.int32)
+        if self._nouns is not None:
+            sample["noun_tokens"] = np.zeros((self._nouns.count, self.length), np.int32)
         return _mark(sample, int(self.indices[position]) if position >= 0 else -1, valid=False)
 
 

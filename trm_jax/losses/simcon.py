@@ -64,7 +64,8 @@ def simcon_loss(
         are computed in bfloat16 with float32 sums, of others in full precision.
       logit_scale: [], 1 / temperature, > 0.
       threshold: [], lambda: pairs whose intra-modal cosine is at least this are positive; the
-        own pair always is. May be traced. None is InfoNCE: no intra-modal terms at all.
+        own pair always is. May be traced. Above 1 nothing else is positive; infinity is InfoNCE:
+        no intra-modal terms at all. None is InfoNCE too, and computes none.
       joint_positives: with two views, images are positive if they are similar in either view
         (Eq. 8); otherwise each view has its own positives.
       self_similarity: "include" or "exclude" an anchor's similarity with itself, which is 1 and
@@ -109,7 +110,7 @@ def simcon_loss(
     stats = PairStats(
         counts[:views].mean(0),
         counts[views:].mean(0),
-        jnp.where(where, _own_weight(settings, images, text, scale, counts), 0.0),
+        jnp.where(where, _own_weight(settings, images, text, scale, limit, counts), 0.0),
     )
     return losses.sum(0), stats
 
@@ -229,7 +230,8 @@ def _dense(settings: Settings, images, text, where, scale, limit) -> tuple[Array
         logits = jnp.where(counts, scale * other, LOG_ZERO)
         candidates, pulled = logits, logits
         if same is not None:
-            allowed = counts & ~own if settings.exclude else counts
+            allowed = counts & jnp.isfinite(limit)
+            allowed = allowed & ~own if settings.exclude else allowed
             same = jnp.where(allowed, scale * same, LOG_ZERO)
             candidates = jnp.concatenate([logits, same], axis=1)
             pulled = jnp.logaddexp(logits, same)
@@ -251,7 +253,7 @@ def _similarities(x: Array, y: Array) -> Array:
     )
 
 
-def _own_weight(settings: Settings, images, text, scale, counts) -> Array:
+def _own_weight(settings: Settings, images, text, scale, limit, counts) -> Array:
     if not settings.intra:
         return jnp.ones(text.shape[0], scale.dtype)
     images, text, scale = jax.lax.stop_gradient((images, text, scale))
@@ -263,5 +265,6 @@ def _own_weight(settings: Settings, images, text, scale, counts) -> Array:
             if not settings.exclude:
                 same = (anchor * anchor).sum(-1).astype(scale.dtype)
                 share = jax.nn.sigmoid(scale * (cross - same))
+                share = jnp.where(jnp.isfinite(limit), share, 1.0)
             weights.append(share / jnp.maximum(counts[kind], 1.0))
     return jnp.stack(weights).mean(0)

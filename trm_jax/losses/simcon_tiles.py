@@ -179,7 +179,8 @@ def _terms(
             joined = joined | other  # Eq. 8
         near = [joined for _ in views]
     near_text = own | (counts & (texts >= threshold))
-    candidates = counts & ~own if settings.exclude else counts
+    candidates = counts & jnp.isfinite(threshold)
+    candidates = candidates & ~own if settings.exclude else candidates
     intra = [jnp.where(candidates, scale * s, LOG_ZERO) for s in images]
     intra_text = jnp.where(candidates, scale * texts, LOG_ZERO)
 

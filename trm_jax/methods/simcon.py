@@ -28,7 +28,8 @@ class Loss(NamedTuple):
     """The config's `loss` section.
 
     name: "infonce", "simcon" or "mv_simcon", which takes two views of every image.
-    thresholds, changes: lambda, and the shares of training after which it takes its next value.
+    thresholds, changes: lambda, and the shares of training after which it takes its next value;
+        an infinite one is InfoNCE so far.
     joint_positives: two views share their positives (Eq. 8).
     ncs_weight: of the negative cosine similarity between the views (Eq. 9), 0 for none.
     self_similarity: "include" or "exclude", see losses/simcon.py.
@@ -294,6 +295,8 @@ def _check(loss: Loss, clip: Mapping[str, Any], microbatch: int) -> None:
             f"loss.thresholds has {len(loss.thresholds)} values and loss.changes "
             f"{len(loss.changes)}; there is one change between two thresholds"
         )
+    if loss.multi_label_weight and loss.multi_label_nouns < 1:
+        raise UserError(f"loss.multi_label_nouns={loss.multi_label_nouns} must be 1 or more")
     if list(loss.changes) != sorted(loss.changes) or not all(0 < c < 1 for c in loss.changes):
         raise UserError(f"loss.changes={loss.changes} must be ascending shares in (0, 1)")
     for field, choices in (

@@ -115,7 +115,7 @@ class Stage(nn.Module):
             return self._run_blocks(jnp.asarray(x), keys), None, None
         count = x.shape[1]
         own = jnp.broadcast_to(
-            self.group_token.astype(self.dtype)[None], (len(x), self.tokens, self.width)
+            self.group_token.astype(self.dtype)[None], (x.shape[0], self.tokens, self.width)
         )
         if self.previous:
             own = own + self.projector_mlp(self.projector_norm(previous))
@@ -248,7 +248,7 @@ class GroupViT(nn.Module):
                 f"size {patch}; choose one"
             )
         grid = (x.shape[1] // patch, x.shape[2] // patch)
-        x = self.patch_embedding(x).reshape(len(x), -1, self.width)
+        x = self.patch_embedding(x).reshape(x.shape[0], -1, self.width)
         x = (self.patch_norm(x) + self._positions(grid)[None]).astype(self.dtype)
         tokens, assignment = None, None
         for stage in self.stages:

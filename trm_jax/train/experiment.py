@@ -210,7 +210,11 @@ def _examples(data: ConfigDict, method: Method, tokenizer, train, observed) -> E
     spec = method.specs["train"]
     if "tokens" in spec:
         views = 2 if "image_2" in spec else 1
-        return CaptionExamples(train, tokenizer, data.text_length, transform, views=views)
+        nouns = spec["noun_tokens"].shape[1] if "noun_tokens" in spec else 0
+        assert isinstance(nouns, int)
+        return CaptionExamples(
+            train, tokenizer, data.text_length, transform, views=views, nouns=nouns
+        )
     return MultiLabelExamples(train, observed, transform)
 
 

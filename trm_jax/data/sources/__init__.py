@@ -69,6 +69,7 @@ def _open_glyphs(
     object_scale: float = 1.0,
     typical_color: float = 0.0,
     attributes: bool = True,
+    categories: int = 40,
     seed: int = 0,
 ) -> Source:
     """The endless glyph scenes made finite; train and test come from different streams."""
@@ -88,6 +89,7 @@ def _open_glyphs(
         object_scale=object_scale,
         typical_color=typical_color,
         attributes=attributes,
+        categories=categories,
     )
 
 

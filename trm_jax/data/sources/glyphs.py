@@ -189,6 +189,7 @@ class GlyphScenes:
         typical_color: probability that an object has the colour that is typical of its category
             (three or four categories share one): real things have one, and encoders find it first.
         attributes: whether captions tell colours and sizes, which are easier to learn than names.
+        categories: scenes hold the first so many of the forty categories.
 
     Raises:
         UserError: an option is out of its range.
@@ -205,6 +206,7 @@ class GlyphScenes:
         object_scale: float = 1.0,
         typical_color: float = 0.0,
         attributes: bool = True,
+        categories: int = len(CATEGORIES),
     ):
         if not 0 <= seed < 2**63:
             raise UserError(f"glyphs: seed must lie in [0, 2**63), it is {seed}")
@@ -218,13 +220,16 @@ class GlyphScenes:
             raise UserError(f"glyphs: clutter must lie in [0, 10], it is {clutter}")
         if not (1 <= max_objects <= len(_COUNTS) and 0.0 < object_scale <= 2.0):
             raise UserError("glyphs: max_objects must lie in [1, 6], object_scale in (0, 2]")
+        if not 1 <= categories <= len(CATEGORIES):
+            most = len(CATEGORIES)
+            raise UserError(f"glyphs: categories must lie in [1, {most}], it is {categories}")
         if not 0.0 <= typical_color <= 1.0:
             raise UserError(f"glyphs: typical_color must lie in [0, 1], it is {typical_color}")
         self.seed, self.size, self.image_size = seed, size, image_size
         self.caption_noise, self.clutter = caption_noise, clutter
         self.max_objects, self.object_scale = max_objects, object_scale
         self.typical_color, self.attributes = typical_color, attributes
-        self.class_names: tuple[str, ...] = CLASS_NAMES
+        self.class_names: tuple[str, ...] = CLASS_NAMES[:categories]
 
     def __len__(self) -> int:
         return self.size
@@ -240,9 +245,9 @@ class GlyphScenes:
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """int8 [N, C]: +1 where the category is in the scene, else -1; no pixel is painted."""
-        labels = np.full((self.size, len(CATEGORIES)), -1, np.int8)
+        labels = np.full((self.size, len(self.class_names)), -1, np.int8)
         for index in range(self.size):
-            labels[index, _choose_classes(self._draw("classes", index), self.max_objects)] = 1
+            labels[index, self._classes(index)] = 1
         labels.flags.writeable = False
         return labels
 
@@ -311,10 +316,18 @@ class GlyphScenes:
         """All words that captions, class names and prompt templates can hold, sorted."""
         return glyph_captions.vocabulary()
 
+    def noun_words(self) -> frozenset[str]:
+        """The nouns of captions: all words that name a category, plurals and synonyms included."""
+        return frozenset(glyph_captions.category_words())
+
     def _scene(self, index: int) -> Scene:
-        classes = _choose_classes(self._draw("classes", index), self.max_objects)
+        classes = self._classes(index)
         draw = self._draw("layout", index)
         return _choose_layout(draw, classes, self.object_scale, self.typical_color)
+
+    def _classes(self, index: int) -> list[int]:
+        chosen = _choose_classes(self._draw("classes", index), self.max_objects)
+        return [category % len(self.class_names) for category in chosen]
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.size:

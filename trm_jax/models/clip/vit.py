@@ -86,7 +86,7 @@ class VisionTransformer(nn.Module):
         for block in blocks[:-1]:
             x = block(x)
         ln_post = layer_norm("ln_post")
-        cls = ln_post(blocks[-1].read(x, jnp.zeros(len(x), jnp.int32)))
+        cls = ln_post(blocks[-1].read(x, jnp.zeros(x.shape[0], jnp.int32)))
         dense = ln_post(blocks[-1].value_path(x[:, 1:])).astype(self.dtype)
         if not self.embed_dim:
             return cls, dense

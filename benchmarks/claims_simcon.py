@@ -1,0 +1,176 @@
+"""SimCon's claims: its ablation against InfoNCE under caption noise, by steps, batch and recipe.
+
+python benchmarks/claims_simcon.py --jobs=2 --seeds=3 --data=FOLDER
+
+Writes benchmarks/results/claims_simcon.{json,md} and claims_simcon_*.png, after every finished
+run; started again, it measures what is missing: what neither --runs nor the results file has a
+record of, for this config. After a change of code that moves the results, delete both. --data is
+the folder of flickr8k_precomp/ (default: the environment variable TRM_DATA); without it the rows on
+Flickr8k's features are left out. A seed draws the parameters, the order of the images, their
+augmentation and, on Flickr8k, which captions are exchanged.
+
+To choose settings, on other scenes than the test scenes:
+python benchmarks/claims_simcon.py --validation --only='source=glyphs,noise=0.3,name=SimCon' \
+    --set=config.optimizer.learning_rate=1e-3
+
+To look at the positives that a run of launch/train.py mines, in RUN/pictures/positives.png:
+python benchmarks/claims_simcon.py --positives=RUN
+"""
+
+import ast
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from absl import flags  # noqa: E402
+
+from benchmarks import claims_simcon_measure as measure  # noqa: E402
+from benchmarks import claims_simcon_plan as plan  # noqa: E402
+from benchmarks import claims_simcon_report as report  # noqa: E402
+from benchmarks import harness  # noqa: E402
+from launch import cli  # noqa: E402
+from trm_jax.train import workdirs  # noqa: E402
+from trm_jax.types import UserError  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "claims_simcon.json"
+_KEYS = ("source", "noise", "batch", "recipe", "name", "seed")
+_SHOWN = ("mIoU", "Rsum", "seconds")
+
+_JOBS = flags.DEFINE_integer("jobs", 1, "Worker processes, each with one thread", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, .. of every row", lower_bound=1)
+_SWEEP_SEEDS = flags.DEFINE_integer(
+    "sweep_seeds", 1, "Seeds of the recipes and the batch sizes, at most --seeds", lower_bound=1
+)
+_RUNS = flags.DEFINE_string("runs", "runs/claims_simcon", "Folder of the runs; kept to resume")
+_DATA = flags.DEFINE_string(
+    "data", os.environ.get("TRM_DATA", ""), f"Folder of {plan.FEATURES}/, empty for glyphs alone"
+)
+_ONLY = flags.DEFINE_string(
+    "only", "", f"Which runs: KEY=VALUE[|VALUE],.. by {', '.join(_KEYS)}; 'recipe=' is no recipe"
+)
+_SET = flags.DEFINE_multi_string("set", [], "config.A.B=VALUE for every run that has the field")
+_VALIDATION = flags.DEFINE_bool(
+    "validation",
+    False,
+    "Measure on other glyph scenes, and on 10 % of Flickr8k's training images, and print a table; "
+    "writes no results",
+)
+_DRY_RUN = flags.DEFINE_bool("dry-run", False, "List the runs, done or not, and stop")
+_RESULTS = flags.DEFINE_string("results", "", f"The results file, default {RESULTS.name}")
+_POSITIVES = flags.DEFINE_string("positives", "", "Draw the positives of this run, and stop")
+
+
+def main(arguments: list[str]) -> None:
+    """Plans, runs what is missing and writes the results; or draws positives."""
+    cli.no_arguments(arguments)
+    if _POSITIVES.value:
+        print(f"positives in {measure.positives_picture(Path(_POSITIVES.value))}")
+        return
+    if _SET.value and not (_VALIDATION.value or _RESULTS.value or _DRY_RUN.value):
+        raise UserError("--set changes what is measured: use --validation, or name a --results")
+    if _DATA.value and not (Path(_DATA.value) / plan.FEATURES).is_dir():
+        raise UserError(
+            f"--data={_DATA.value} has no folder {plan.FEATURES}/; --data= is glyph scenes alone"
+        )
+    runs = Path(_RUNS.value)
+    tasks = plan.tasks(
+        seeds=_SEEDS.value,
+        sweep_seeds=_SWEEP_SEEDS.value,
+        data=_DATA.value,
+        overrides=_overrides(_SET.value),
+        validation=_VALIDATION.value,
+    )
+    stored = _results_file().get("records", {})
+    records = {t.folder: harness.record_of(t, runs) or stored.get(t.folder, {}) for t in tasks}
+    chosen = [task for task in tasks if _matches(task, _filter(_ONLY.value))]
+    if not chosen:
+        raise UserError(f"--only={_ONLY.value}: no run matches")
+    if _DRY_RUN.value:
+        for task in chosen:
+            print("done" if records[task.folder] else "todo", task.folder)
+        return
+    todo = [task for task in chosen if not records[task.folder]]
+    print(f"{len(chosen)} runs, {len(todo)} to do", flush=True)
+    _run(tasks, todo, records, runs)
+    if _VALIDATION.value:
+        print(report.validation_table(chosen, records))
+
+
+def _run(tasks, todo: Sequence[harness.Task], records: dict[str, dict[str, Any]], runs: Path):
+    """Measures `todo`; `records` and the results file follow every finished run."""
+    started, done = time.time(), 0
+
+    def finished(task: harness.Task, record: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        records[task.folder] = record
+        left = (time.time() - started) / done * (len(todo) - done)
+        values = record["values"]
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
+        print(f"[{done}/{len(todo)}, {left / 60:.0f} min left] {task.folder}: {shown}", flush=True)
+        if not _VALIDATION.value:
+            write(tasks, records)
+
+    failed = harness.run_tasks(todo, runs, jobs=_JOBS.value, finished=finished)
+    if not _VALIDATION.value:
+        write(tasks, records)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, see {runs}/*/log.txt")
+
+
+def write(tasks: Sequence[harness.Task], records: Mapping[str, dict[str, Any]]) -> None:
+    """The results file with the page and the charts beside it, from all records of the plan."""
+    if not any(records.values()):
+        return
+    path = Path(_RESULTS.value or RESULTS)
+    counts = {"seeds": _SEEDS.value, "sweep_seeds": _SWEEP_SEEDS.value}
+    body = report.results(tasks, records, **counts, before=_results_file())
+    harness.write_results(path, body)
+    report.write_pages(workdirs.read_json(path), path)
+
+
+def _results_file() -> dict[str, Any]:
+    return workdirs.read_json(Path(_RESULTS.value or RESULTS))
+
+
+def _overrides(words: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.startswith("config."):
+            raise UserError(f"--set={word}: write --set=config.FIELD=VALUE")
+        try:
+            values[name.removeprefix("config.")] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name.removeprefix("config.")] = text
+    return values
+
+
+def _filter(text: str) -> dict[str, list[str]]:
+    wanted = {}
+    # A comma inside a value, as in "tau fixed, include", is not followed by KEY=.
+    for word in filter(None, re.split(r",(?=\w+=)", text)):
+        key, equals, values = word.partition("=")
+        if not equals or key not in _KEYS:
+            raise UserError(f"--only: {word!r} is not one of {'=, '.join(_KEYS)}=")
+        wanted[key] = values.split("|")
+    return wanted
+
+
+def _matches(task: harness.Task, wanted: Mapping[str, Sequence[str]]) -> bool:
+    """Whether one of the task's places in the results has every wanted value."""
+    places = [{"recipe": "", **c, "name": task.name, "seed": task.seed} for c in task.conditions]
+    return any(
+        all(str(place.get(key)) in values for key, values in wanted.items()) for place in places
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
