@@ -57,7 +57,7 @@ def read_curve(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     points = [{**values, "step": step} for step, values in sorted(by_step.items())]
     points = [point for point in points if any(name in point for name in QUALITY)]
     names = [name for name in (*QUALITY, *WATCHED) if all(name in point for point in points)]
-    curve = {name: [float(f"{point[name]:.5g}") for point in points] for name in names}
+    curve = {name: [float(f"{point[name]:.6g}") for point in points] for name in names}
     return {"step": [point["step"] for point in points], **curve}
 
 

@@ -1,11 +1,11 @@
 """Results of the SimCon claims as a results file, Markdown tables and charts."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import claims_simcon_charts as charts
+from benchmarks import claims_simcon_curves as curves
 from benchmarks import claims_simcon_measure as measure
 from benchmarks import claims_simcon_plan as plan
 from benchmarks import harness
@@ -29,6 +29,8 @@ _UNITS = (
     | {"positives_image": "", "positives_text": "", "own_weight": "", "logit_scale": ""}
     | {"clipped": "", "steps": "steps", "seconds": "s"}
 )
+# Fig. 3.
+_PAPER_PASSING = " (the paper on CC3M: SimCon after 7 of 30 epochs, MV-SimCon after 3)"
 _CHIEF = ("mIoU", "Rsum", "i2t_R@1", "t2i_R@1")
 _RECALLS = tuple(name for name in measure.QUALITY if "_R@" in name)
 _TITLES = {
@@ -112,36 +114,6 @@ def _key(row: Mapping[str, Any]) -> tuple:
     return row["metric"], *sorted(row["condition"].items())
 
 
-def curves(file: Mapping[str, Any], metric: str, place: Place) -> dict[str, dict[int, dict]]:
-    """name -> seed -> {step: value} of the runs whose condition is `place`, in the plan's order."""
-    found: dict[str, dict[int, dict]] = {}
-    for record in file["records"].values():
-        curve = record["values"].get("curve", {})
-        if dict(place) in record["conditions"] and metric in curve:
-            points = dict(zip(curve["step"], curve[metric], strict=True))
-            found.setdefault(record["name"], {})[record["seed"]] = points
-    return {name: found[name] for name in plan.METHODS if name in found}
-
-
-def steps_to_pass(
-    file: Mapping[str, Any], metric: str, place: Place
-) -> dict[str, dict[int, int | None]]:
-    """name -> seed -> the first evaluated step at which a run has InfoNCE's final value.
-
-    The value is that of InfoNCE with the same seed after its last step; None: never reached.
-    """
-    runs = curves(file, metric, place)
-    final = {seed: points[max(points)] for seed, points in runs.get(plan.BASELINE, {}).items()}
-    return {
-        name: {
-            seed: min((step for step, v in points.items() if v >= final[seed]), default=None)
-            for seed, points in of_seeds.items()
-            if seed in final
-        }
-        for name, of_seeds in runs.items()
-    }
-
-
 def write_pages(file: Mapping[str, Any], path: Path) -> None:
     """The Markdown page beside the results file, and its charts."""
     parts = [
@@ -177,7 +149,7 @@ def _ablation(file: Mapping[str, Any], path: Path) -> list[str]:
         *_lead_table(part, _CHIEF, head),
         "The best evaluation of a run:\n",
         _table(part, [f"{name}_best" for name in _CHIEF], head=head),
-        *_passing(file, ("mIoU", "Rsum"), _ABLATION),
+        *curves.passing_table(file, ("mIoU", "Rsum"), _ABLATION, _PAPER_PASSING),
         *_watched(part, head),
     ]
     return parts + _curve_chart(file, path, "curves", ("mIoU", "Rsum"), _ABLATION, head)
@@ -276,7 +248,7 @@ def _features(file: Mapping[str, Any], path: Path) -> list[str]:
         place = {"source": source, "noise": noise, "batch": batch}
         parts.append(f"### {100 * noise:g} % noise\n")
         parts.append(_table(_plain(file, **place), _RECALLS, head=f"{100 * noise:g} % noise"))
-        parts += _passing(file, ("Rsum",), place)
+        parts += curves.passing_table(file, ("Rsum",), place)
         panels.append(_panel(file, "Rsum", place, f"Rsum (%), {100 * noise:g} % noise"))
     return parts + _draw_curves(panels, path, source, _TITLES[source])
 
@@ -308,41 +280,6 @@ def _watched(part: Mapping[str, Any], head: str) -> list[str]:
     ]
 
 
-def _passing(file: Mapping[str, Any], metrics: Sequence[str], place: Place) -> list[str]:
-    """The table of steps to InfoNCE's final value."""
-    found = {metric: steps_to_pass(file, metric, place) for metric in metrics}
-    found = {metric: steps for metric, steps in found.items() if plan.BASELINE in steps}
-    if not found or len(next(iter(found.values()))) < 2:
-        return []
-    total = max(max(p) for of in curves(file, metrics[-1], place).values() for p in of.values())
-    names = list(dict.fromkeys(name for steps in found.values() for name in steps))
-    lines = [
-        "| first evaluation at InfoNCE's final | " + " | ".join(found) + " |",
-        "|---|" + "---:|" * len(found),
-    ]
-    for name in names:
-        cells = [_pass_cell(steps.get(name, {}), total) for steps in found.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    text = f"Steps of {total:,} until a run has the value that InfoNCE of its seed ends with"
-    if dict(place) == _ABLATION:
-        text += " (the paper on CC3M: SimCon after 7 of 30 epochs, MV-SimCon after 3)"
-    return [f"{text}:\n", "\n".join(lines) + "\n"]
-
-
-def _pass_cell(steps: Mapping[int, int | None], total: int) -> str:
-    """ "200 ± 50 (50 %)"; how many seeds got there, if not all did."""
-    passed = [step for step in steps.values() if step is not None]
-    if not passed:
-        return "never" if steps else "–"
-    mean = statistics.fmean(passed)
-    text = f"{mean:,.0f}"
-    if len(passed) > 1:
-        text += f" ± {statistics.stdev(passed):,.0f}"
-    text += f" ({100 * mean / total:.0f} %)"
-    missed = f", {len(passed)} of {len(steps)} seeds"
-    return text + (missed if len(passed) < len(steps) else "")
-
-
 def _curve_chart(file, path: Path, suffix: str, metrics, place: Place, head: str) -> list[str]:
     panels = [_panel(file, metric, place, f"{metric} (%)") for metric in metrics]
     return _draw_curves(panels, path, suffix, f"{_TITLES['glyphs']}, {head}")
@@ -351,7 +288,7 @@ def _curve_chart(file, path: Path, suffix: str, metrics, place: Place, head: str
 def _panel(file, metric: str, place: Place, ylabel: str) -> charts.Panel:
     """Curves of all methods at one place, and InfoNCE's final value."""
     drawn = {}
-    for name, of_seeds in curves(file, metric, place).items():
+    for name, of_seeds in curves.curves(file, metric, place).items():
         points: dict[float, list[float]] = {}
         for curve in of_seeds.values():
             for step, value in curve.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, simcon_glyphs
 from trm_jax.train import experiment, metrics, sharding
 from trm_jax.train.experiment import Experiment
 from trm_jax.train.loop import Job, Run
@@ -18,6 +18,9 @@ def shrink_clip(clip: ConfigDict) -> None:
     clip.embed_dim = 8
     if clip.image.kind == "resnet":
         clip.image.update({"layers": (1, 1), "width": 4, "heads": 2, "image_size": 32})
+    elif clip.image.kind == "groupvit":
+        clip.image.update({"width": 8, "heads": 1, "depths": (1, 1), "image_size": 32})
+        clip.image.update({"group_tokens": (3, 0), "output_groups": (3, 0)})
     else:
         clip.image.hidden = 8
     clip.text.update({"width": 8, "heads": 1, "layers": 1, "vocab_size": 0, "eos_id": 0})
@@ -78,6 +81,15 @@ def contrastive() -> ConfigDict:
     config.optimizer.update({"learning_rate": 2e-3, "decay": ("kernel$",), "clip": 1.0})
     config.evaluate.kinds = ("retrieval",)
     return shrink(config)
+
+
+def simcon(loss: str = "mv_simcon") -> ConfigDict:
+    """A GroupViT on glyph scenes with noisy captions, by the streaming loss."""
+    config = shrink(simcon_glyphs.get_config(f"{loss},0.3"))
+    config.loss.update({"implementation": "streaming", "block": 3})
+    config.evaluate.segmentation.update({"short_side": 32, "window": 32, "stride": 16})
+    config.evaluate.segmentation.batch_size = 16
+    return config
 
 
 def mesh(count: int = 1, fsdp: int = 1) -> jax.sharding.Mesh:

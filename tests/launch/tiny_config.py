@@ -4,9 +4,11 @@ from tests import tiny
 
 
 def get_config(arg: str = ""):
-    """`arg` is "" (images), "cached", "contrastive", "manifest" or "typo"; others are refused."""
+    """`arg` is "" (images), "cached", "contrastive", "simcon", "manifest" or "typo"."""
     if arg == "contrastive":
         return tiny.contrastive()
+    if arg == "simcon":
+        return tiny.simcon()
     if arg not in ("", "cached", "manifest", "typo"):
         raise ValueError(f"tiny_config.py:{arg} is unknown;\ncheck the word after the colon")
     config = tiny.trm_ml(cached=arg == "cached")
