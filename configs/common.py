@@ -349,7 +349,7 @@ def groupvit(arg: str, *, parts: tuple[str, ...] = ()) -> ConfigDict:
     })
     if parts:
         config.data.options.parts = tuple(
-            ConfigDict({"dataset": "webdataset", "root": part}) for part in parts
+            {"dataset": "webdataset", "root": part} for part in parts
         )
     config.optimizer.update({
         "learning_rate": 1.6e-3, "schedule": "cosine", "warmup_epochs": 2.0, "warmup_rate": 4e-6,

@@ -29,8 +29,9 @@ def shrink_clip(clip: ConfigDict) -> None:
 def shrink(config: ConfigDict) -> ConfigDict:
     """Any config on 32 tiny samples with random towers, 4 steps an epoch, 3 epochs."""
     if config.model.architecture:
+        grouping = config.model.architecture == "groupvit"
+        config.model.clip = common.groupvit_glyphs(32) if grouping else common.clip_glyphs()
         config.model.architecture = ""
-        config.model.clip = common.clip_glyphs()
     shrink_clip(config.model.clip)
     config.model.pretrained = "random"
     config.model.tokenizer = "words"
@@ -45,6 +46,9 @@ def shrink(config: ConfigDict) -> ConfigDict:
         }
     )
     config.evaluate.update({"batch_size": 16, "pictures": 0})
+    if config.evaluate.segmentation:
+        config.evaluate.segmentation.update({"short_side": 32, "window": 32, "stride": 16})
+        config.evaluate.segmentation.batch_size = 16
     config.train.update({"epochs": 3, "log_every": 5, "eval_every": 6, "checkpoint_every": 4})
     if "length" in config.prompts:
         config.prompts.update({"length": 2, "initial_words": ""})
@@ -87,8 +91,6 @@ def simcon(loss: str = "mv_simcon") -> ConfigDict:
     """A GroupViT on glyph scenes with noisy captions, by the streaming loss."""
     config = shrink(simcon_glyphs.get_config(f"{loss},0.3"))
     config.loss.update({"implementation": "streaming", "block": 3})
-    config.evaluate.segmentation.update({"short_side": 32, "window": 32, "stride": 16})
-    config.evaluate.segmentation.batch_size = 16
     return config
 
 

@@ -29,7 +29,11 @@ ARGUMENTS = {
     "tfds": ("", "coco/2014,0.2"),
     "dualcoop_demo": ("", "own,0.3", "ours"),
     "coco_features": ("", "1", "0.1,dualcoop"),
+    "simcon_glyphs": ("", "infonce", "simcon,0.6"),
+    "simcon_flickr8k": ("", "infonce", "simcon,folder"),
 }
+PAIRS = [name for name in NAMES if name.startswith("groupvit")]
+ARGUMENTS |= dict.fromkeys(PAIRS, ("", "infonce", "simcon,folder"))
 
 
 def _config(name, argument=""):
@@ -132,8 +136,8 @@ def _shrunk(name, photos, monkeypatch):
         config.model.tokenizer = "clip"
     elif config.data.dataset != "glyphs":
         config.data.root = "unused"
-        if config.data.dataset in ("coco", "voc", "tfds"):
-            config.data.dataset = "glyphs"
+        if config.data.dataset not in ("coco_features", "flickr8k_features"):
+            config.data.update({"dataset": "glyphs", "test_dataset": ""})
             config.data.options = type(config)()
         else:
             monkeypatch.setattr(sources, "open_source", lambda *_, **__: _FakeFeatures())
@@ -154,6 +158,8 @@ def test_a_shrunk_copy_trains_two_steps(name, photos, monkeypatch, tmp_path):
         assert 0 <= final["mAP"] <= 100
     if "retrieval" in config.evaluate.kinds:
         assert 0 <= final["Rsum"] <= 600
+    if "segmentation" in config.evaluate.kinds:
+        assert 0 < final["mIoU"] <= 100 and final["images"] == 16
 
 
 @pytest.mark.parametrize(
@@ -180,6 +186,19 @@ def test_runs_are_evaluated_after_every_epoch(name, images):
     config = _config(name)
     assert config.train.eval_every == images // config.data.batch_size
     assert config.train.checkpoint_every % config.train.eval_every == 0
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_recipes_on_pairs_are_the_papers(name):
+    config = _config(name, "simcon,folder")
+    assert (config.loss.name, config.data.root) == ("simcon", "folder")
+    assert (config.data.batch_size, config.train.epochs) == (2048, 30)
+    assert config.loss.thresholds == (0.95, 0.90, 0.85)
+    parts = config.data.options.get("parts", ())
+    wanted = {"27m": 3, "29m": 3, "41m": 4}.get(name.split("_")[1], 0)
+    assert len(parts) == wanted and config.data.dataset == ("mixture" if wanted else "webdataset")
+    with pytest.raises(ValueError, match="'sim' is none of infonce, simcon, mv_simcon"):
+        _config(name, "sim")
 
 
 def test_the_peers_recipe_is_dualcoops():

@@ -32,13 +32,13 @@ def test_positives_are_those_of_the_loss():
 
 
 def test_anchors_have_positives_of_both_kinds_and_lie_apart():
-    # Images in three directions, two of each, and one alone; texts 6 and 5 are alike no other.
+    # Images in three directions, two of each, and one alone; texts 5 and 6 are like no other.
     images = np.array([[1, 0, 0], [1, 0.1, 0], [0.2, 1, 0], [0.2, 1, 0.1], [0, 0.1, 1], [0, 0, 1],
                        [-1, -1, -1]])  # fmt: skip
     texts = np.array([[1.0, 0]] * 5 + [[-1, 0], [0, -1]])
-    # The first; then of 1 (cosine 0.995), 2 and 3 (0.196, 0.195), 4 (0): the farthest; ...
+    # The first; the farthest from it, 4 (cosine 0); of 2 (0.1961 with 0) and 3 (0.1952), 3.
     assert positives.choose_anchors(images, texts, 0.9, 2) == [0, 4]
-    assert positives.choose_anchors(images, texts, 0.9, 3) == [0, 4, 2]
+    assert positives.choose_anchors(images, texts, 0.9, 3) == [0, 4, 3]
     assert sorted(positives.choose_anchors(images, texts, 0.9, 99)) == [0, 1, 2, 3, 4]
     # Without a text that is like another, those with an image are left; 6 has none.
     alone = np.eye(7)
