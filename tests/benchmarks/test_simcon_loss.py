@@ -96,8 +96,8 @@ def test_devices_send_what_the_formula_says(capfd):
         assert found["all-reduce_mb_sent"] < 1e-4
         tiles, batch = found["program_mb_of_tiles"], found["program_mb_of_batch"]
         assert found["program_mb"] == pytest.approx(tiles + batch) and batch > 0
-    # The ring: 4 arrays of columns forward, 3 more backward, each 4 times.
-    assert ring["collective-permute_count"] == 4 * (4 + 7)
+    # The ring: 4 arrays of columns forward, 3 more backward, each in 4 pieces 4 times.
+    assert ring["collective-permute_count"] == 4 * 4 * (4 + 7)
     assert gather["gflop"] == pytest.approx(6 * 2 * 256**2 * 32 / 1e9)
     assert ring["gflop"] == pytest.approx(1.5 * 2 * 256**2 * 32 / 1e9)
     assert planned["units"] == pytest.approx(12 / 256)
@@ -105,7 +105,7 @@ def test_devices_send_what_the_formula_says(capfd):
     assert answers[0][0]["device"].startswith("cpu")
     page = report.page([row | {"part": "devices"} for row in answers[1]])
     assert f"| {ring['gflop']:.4g} | 1.5 |" in page
-    assert "| 44 collective-permute, 1 all-reduce |" in page
+    assert "| 176 collective-permute, 1 all-reduce |" in page
 
 
 def test_dense_programs_take_more_memory(monkeypatch):
