@@ -17,9 +17,7 @@ To look at the positives that a run of launch/train.py mines, in RUN/pictures/po
 python benchmarks/claims_simcon.py --positives=RUN
 """
 
-import ast
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +32,7 @@ from absl import flags  # noqa: E402
 from benchmarks import claims_simcon_measure as measure  # noqa: E402
 from benchmarks import claims_simcon_plan as plan  # noqa: E402
 from benchmarks import claims_simcon_report as report  # noqa: E402
-from benchmarks import harness  # noqa: E402
+from benchmarks import harness, selection  # noqa: E402
 from launch import cli  # noqa: E402
 from trm_jax.train import workdirs  # noqa: E402
 from trm_jax.types import UserError  # noqa: E402
@@ -84,12 +82,13 @@ def main(arguments: list[str]) -> None:
         seeds=_SEEDS.value,
         sweep_seeds=_SWEEP_SEEDS.value,
         data=_DATA.value,
-        overrides=_overrides(_SET.value),
+        overrides=selection.overrides(_SET.value),
         validation=_VALIDATION.value,
     )
     stored = _results_file().get("records", {})
     records = {t.folder: harness.record_of(t, runs) or stored.get(t.folder, {}) for t in tasks}
-    chosen = [task for task in tasks if _matches(task, _filter(_ONLY.value))]
+    only = selection.wanted(_ONLY.value, _KEYS)
+    chosen = [task for task in tasks if selection.matches(task, only)]
     if not chosen:
         raise UserError(f"--only={_ONLY.value}: no run matches")
     if _DRY_RUN.value:
@@ -138,38 +137,6 @@ def write(tasks: Sequence[harness.Task], records: Mapping[str, dict[str, Any]]) 
 
 def _results_file() -> dict[str, Any]:
     return workdirs.read_json(Path(_RESULTS.value or RESULTS))
-
-
-def _overrides(words: Sequence[str]) -> dict[str, Any]:
-    values = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals or not name.startswith("config."):
-            raise UserError(f"--set={word}: write --set=config.FIELD=VALUE")
-        try:
-            values[name.removeprefix("config.")] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name.removeprefix("config.")] = text
-    return values
-
-
-def _filter(text: str) -> dict[str, list[str]]:
-    wanted = {}
-    # A comma inside a value, as in "tau fixed, include", is not followed by KEY=.
-    for word in filter(None, re.split(r",(?=\w+=)", text)):
-        key, equals, values = word.partition("=")
-        if not equals or key not in _KEYS:
-            raise UserError(f"--only: {word!r} is not one of {'=, '.join(_KEYS)}=")
-        wanted[key] = values.split("|")
-    return wanted
-
-
-def _matches(task: harness.Task, wanted: Mapping[str, Sequence[str]]) -> bool:
-    """Whether one of the task's places in the results has every wanted value."""
-    places = [{"recipe": "", **c, "name": task.name, "seed": task.seed} for c in task.conditions]
-    return any(
-        all(str(place.get(key)) in values for key, values in wanted.items()) for place in places
-    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ python benchmarks/claims_trm_ml.py --validation --only='source=glyphs,known=0.1,
     --set=config.loss.contrastive_weight=0.03
 """
 
-import ast
 import os
 import sys
 import time
@@ -30,7 +29,7 @@ from absl import flags  # noqa: E402
 
 from benchmarks import claims_trm_ml_plan as plan  # noqa: E402
 from benchmarks import claims_trm_ml_report as report  # noqa: E402
-from benchmarks import harness  # noqa: E402
+from benchmarks import harness, selection  # noqa: E402
 from launch import cli  # noqa: E402
 from trm_jax.train import workdirs  # noqa: E402
 from trm_jax.types import UserError  # noqa: E402
@@ -68,12 +67,13 @@ def main(arguments: list[str]) -> None:
         cache_dir=runs / "features",
         data=_DATA.value,
         lit=_LIT.value,
-        overrides=_overrides(_SET.value),
+        overrides=selection.overrides(_SET.value),
         validation=_VALIDATION.value,
     )
     stored = _results_file().get("records", {})
     records = {t.folder: harness.record_of(t, runs) or stored.get(t.folder, {}) for t in tasks}
-    chosen = [task for task in tasks if _matches(task, _filter(_ONLY.value))]
+    only = selection.wanted(_ONLY.value, ("source", "known", "name", "recipe", "seed"))
+    chosen = [task for task in tasks if selection.matches(task, only)]
     if not chosen:
         raise UserError(f"--only={_ONLY.value}: no run matches")
     if _DRY_RUN.value:
@@ -119,38 +119,6 @@ def write(tasks: Sequence[harness.Task], records: Mapping[str, dict[str, Any]]) 
 
 def _results_file() -> dict[str, Any]:
     return workdirs.read_json(Path(_RESULTS.value or RESULTS))
-
-
-def _overrides(words: Sequence[str]) -> dict[str, Any]:
-    values = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals or not name.startswith("config."):
-            raise UserError(f"--set={word}: write --set=config.FIELD=VALUE")
-        try:
-            values[name.removeprefix("config.")] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            values[name.removeprefix("config.")] = text
-    return values
-
-
-def _filter(text: str) -> dict[str, list[str]]:
-    wanted = {}
-    for word in filter(None, text.split(",")):
-        key, equals, values = word.partition("=")
-        if not equals or key not in ("source", "known", "name", "recipe", "seed"):
-            raise UserError(f"--only: {word!r} is not source=, known=, name=, recipe= or seed=")
-        wanted[key] = values.split("|")
-    return wanted
-
-
-def _matches(task: harness.Task, wanted: Mapping[str, Sequence[str]]) -> bool:
-    """Whether one of the task's places in the results has every wanted value."""
-    seed = 0 if task.seed is None else task.seed
-    places = [{**c, "name": task.name, "seed": seed} for c in task.conditions]
-    return any(
-        all(str(place.get(key)) in values for key, values in wanted.items()) for place in places
-    )
 
 
 if __name__ == "__main__":
