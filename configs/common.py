@@ -351,9 +351,15 @@ def groupvit(arg: str, *, parts: tuple[str, ...] = ()) -> ConfigDict:
         config.data.options.parts = tuple(
             {"dataset": "webdataset", "root": part} for part in parts
         )
+    else:
+        config.data.options.update({"shards": (), "caption_key": "", "index_dir": ""})
+    # Empty options are left to the dataset: "names" is VOC's, "masks" COCO-Object's.
+    config.data.test_options.update({"names": "", "masks": ""})
     config.optimizer.update({
         "learning_rate": 1.6e-3, "schedule": "cosine", "warmup_epochs": 2.0, "warmup_rate": 4e-6,
-        "end_rate": 4e-5, "weight_decay": 0.05, "decay": ("kernel$", "embedding$"), "clip": 5.0,
+        "end_rate": 4e-5, "weight_decay": 0.05, "clip": 5.0,
+        # As the authors': all but biases and what has one dimension.
+        "decay": ("kernel$", "embedding$", "group_token$", "logit_scale$"),
     })
     config.train.update({"epochs": 30, "log_every": 50, "checkpoint_every": 1000})
     config.evaluate.update({"kinds": ("segmentation",), "batch_size": 256})

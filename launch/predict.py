@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from trm_jax.data.sources.base import read_image
+from trm_jax.data.tokenizers import names_with_unknown_words
 from trm_jax.train import predictor
 from trm_jax.types import BadSampleError, UserError
 from trm_jax.visualize.ranking import render_ranking
@@ -86,7 +87,9 @@ def _score(model, images, batches, out: Path) -> list[dict]:
 
 def _segment(model, images, out: Path) -> list[dict]:
     """The share of each class in an image, a picture, and the label map as a PNG of indices."""
-    names, lines = [name.strip() for name in _CLASSES.value], []
+    names, lines = [name.strip() for name in _CLASSES.value if name.strip()], []
+    if unknown := names_with_unknown_words(model.tokenizer, names):
+        print("the text tower does not know every word of: " + ", ".join(unknown))
     found = model.segment(images.values(), names)
     for (file, image), labels in zip(images.items(), found, strict=True):
         path = render_segmentation(image, labels, names, path=_free(out, file.stem))

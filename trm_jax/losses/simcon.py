@@ -148,8 +148,8 @@ def multi_label_loss(
     """GroupViT's multi-label contrastive loss: m texts per image (its nouns in prompts).
 
     Half of: the cross entropy of an image against the texts of all images with the target 1/m on
-    its own, and the mean over its texts of theirs against all images.
-    Source: Xu et al., "GroupViT" (CVPR 2022), Eq. 8-9.
+    its own, and the mean over its texts of theirs against all images; what GroupViT's program
+    computes (Xu et al., CVPR 2022), but for its second temperature. Holds [n, n, m] logits.
 
     Args:
       images: [n, d], unit norm.
@@ -259,11 +259,12 @@ def _own_weight(settings: Settings, images, text, scale, limit, counts) -> Array
     images, text, scale = jax.lax.stop_gradient((images, text, scale))
     weights = []
     for view, z in enumerate(images):
-        cross = (z * text).sum(-1).astype(scale.dtype)
-        for kind, anchor in ((view, z), (len(images) + view, text)):
+        z, words = z.astype(scale.dtype), text.astype(scale.dtype)
+        cross = (z * words).sum(-1)
+        for kind, anchor in ((view, z), (len(images) + view, words)):
             share = jnp.ones_like(cross)
             if not settings.exclude:
-                same = (anchor * anchor).sum(-1).astype(scale.dtype)
+                same = (anchor * anchor).sum(-1)
                 share = jax.nn.sigmoid(scale * (cross - same))
                 share = jnp.where(jnp.isfinite(limit), share, 1.0)
             weights.append(share / jnp.maximum(counts[kind], 1.0))

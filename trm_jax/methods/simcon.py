@@ -93,7 +93,8 @@ def make(
       dtype: compute dtype of the towers; parameters and losses are float32.
       microbatch: examples that go through the towers at a time, 0 for all. The loss, the
         projectors and the predictor see the whole batch all the same, and the gradient is that
-        of the whole batch (GradCache); the towers run a second time for it.
+        of the whole batch (GradCache); the towers run a second time for it. Best a multiple of
+        the devices: else parts of the batch travel among them.
       max_scale: upper limit of the learned logit scale 1/tau.
       remat_image, scan_image, remat_text: see towers.build.
 
@@ -308,6 +309,13 @@ def _check(loss: Loss, clip: Mapping[str, Any], microbatch: int) -> None:
         if getattr(loss, field) not in choices:
             value = getattr(loss, field)
             raise UserError(f"loss.{field}={value!r} is none of {', '.join(choices)}")
+    if microbatch < 0:
+        raise UserError(f"train.microbatch={microbatch} must be 0 or more")
+    if loss.name == "mv_simcon" and clip["image"]["kind"] == "features":
+        raise UserError(
+            "loss.name='mv_simcon' draws two views of every image; this data has precomputed "
+            "features: use 'simcon' or 'infonce'"
+        )
     if microbatch and clip["image"]["kind"] == "resnet":
         raise UserError(
             "train.microbatch: a ResNet's batch statistics would differ from those of the whole "

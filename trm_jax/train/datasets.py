@@ -29,11 +29,17 @@ def open_data(data: ConfigDict) -> tuple[Source, Source, str]:
     train = _part(data, data.dataset, "train", data.root, data.options.to_dict(), data.train_size)
     if data.label_protocol == "single_positive_largeloss":
         train = _largeloss_train(train)
+    if data.holdout and data.test_dataset:
+        raise UserError("data.holdout and data.test_dataset are both set; there is one test set")
     if data.holdout:
         if not 0.0 < data.holdout < 1.0:
             raise UserError(f"data.holdout={data.holdout} must be in (0, 1), or 0 for the test set")
         train, test = hold_out(train, data.holdout)
     elif data.test_dataset:
+        if data.test_dataset not in ("glyphs", "mixture") and not data.test_root:
+            raise UserError(
+                f"data.test_root is empty; '{data.test_dataset}' needs the place of its files"
+            )
         options = data.test_options.to_dict()
         test = _part(data, data.test_dataset, "test", data.test_root, options, data.test_size)
     else:
@@ -45,7 +51,8 @@ def open_data(data: ConfigDict) -> tuple[Source, Source, str]:
 
 
 def _part(data: ConfigDict, dataset: str, split: str, root: str, options, size: int) -> Source:
-    """One split, or its first `size` examples if that is not 0."""
+    """One split, or its first `size` examples if that is not 0; empty options are not given."""
+    options = {name: value for name, value in options.items() if value not in ("", ())}
     if dataset == "glyphs":
         if split == "train" and data.train_size < 1:
             raise UserError("data.train_size must be at least 1: glyph scenes are endless")

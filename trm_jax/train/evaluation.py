@@ -17,6 +17,8 @@ from trm_jax.evaluate.segmentation_windows import Protocol
 from trm_jax.train import sharding
 from trm_jax.types import Batch, Method, PyTree, UserError
 
+_NEEDS = {"multilabel": ("prepare", "scores"), "segmentation": ("segments", "embed_text")}
+
 Evaluator = Callable[[PyTree, PyTree], dict[str, float]]
 
 
@@ -65,6 +67,9 @@ def make_evaluator(
     for kind in kinds:
         if kind not in makers:
             raise UserError(f"evaluate.kinds: {kind!r} is none of {', '.join(makers)}")
+        for name in _NEEDS.get(kind, ("embed_image", "embed_text")):
+            if name not in method.predict:
+                raise UserError(f"evaluate.kinds: {kind!r} is not for this method: no {name!r}")
     predict = {name: jax.jit(function) for name, function in method.predict.items()}
     size = -(-batch_size // jax.device_count()) * jax.device_count()
 

@@ -58,6 +58,8 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
       UserError: whatever of the config or the data cannot be used, by field or file name.
     """
     train, test, eval_split = datasets.open_data(config.data)
+    if config.method not in _ON_CAPTIONS and tuple(test.class_names) != tuple(train.class_names):
+        raise UserError("data.test_dataset has other classes than data.dataset, which were trained")
     located = registry.locate(config.model.pretrained)
     tokenizer = _tokenizer(config.model, located, train)
     clip = resolve_clip(config.model, tokenizer)

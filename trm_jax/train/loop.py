@@ -111,8 +111,9 @@ class Run:
                 writer.advance()
                 if (number + 1) % job.steps_per_epoch == 0:
                     current = self._refresh(current)
-                last = number + 1 == job.total_steps
-                stopping = vote(stop.requested)
+                last, stopping = number + 1 == job.total_steps, vote(stop.requested)
+                if last:  # first, so that a mistake in the test data loses nothing
+                    self.files.save(current)
                 if (number + 1) % job.log_every == 0 or last:
                     current = self._log(current, number + 1, writer, clock)
                     clock = time.monotonic()
@@ -121,13 +122,12 @@ class Run:
                     evaluated = self.evaluate(current)
                     writer.write(number + 1, job.eval_split, evaluated)
                     clock = time.monotonic()
-                if (number + 1) % job.checkpoint_every == 0 or last or stopping:
+                if ((number + 1) % job.checkpoint_every == 0 or stopping) and not last:
                     self.files.save(current)
                 if stopping and not last:
                     self.files.close()
                     raise Preempted(f"stopped at step {number + 1}; checkpoint saved")
-        if evaluated is None:
-            evaluated = self.evaluate(current)
+        evaluated = evaluated or self.evaluate(current)
         writer.write(job.total_steps, job.eval_split, writer.with_best(evaluated), final=True)
         self.files.close()
         return current

@@ -64,7 +64,10 @@ def _label_maps(model: predictor.Predictor, source: MaskedSource, chosen) -> Ite
     for (index, image), labels in zip(
         chosen, model.segment((image for _, image in chosen), names), strict=True
     ):
-        truth = source.semantic_mask(index)
+        try:
+            truth = source.semantic_mask(index)
+        except BadSampleError:
+            truth = None
         yield functools.partial(render_segmentation, image, labels, names, truth=truth)
 
 

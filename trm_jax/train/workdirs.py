@@ -25,6 +25,16 @@ _MAY_DIFFER = (
     "train.keep",
 )
 
+# Fields that came later: a workdir without them was made with these values.
+_ADDED = {
+    "data.caption_shuffle": 0.0,
+    "data.test_augment": "none",
+    "data.test_dataset": "",
+    "data.test_options": {},
+    "evaluate.segmentation": {},
+    "optimizer.end_rate": 0.0,
+}
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, {} if there is no such file."""
@@ -59,6 +69,7 @@ def check(folder: Path, config: ConfigDict) -> None:
     if not path.exists():
         return
     old, new = _flat(json.loads(path.read_text())), _flat(_plain(config))
+    old = {**{name: value for name, value in _ADDED.items() if name in new}, **old}
     differing = sorted(
         name
         for name in old.keys() | new.keys()

@@ -34,6 +34,8 @@ class ShuffledCaptions:
                 f"data.caption_shuffle={fraction} is one of {len(self.captioned)} images, which "
                 "has nobody to exchange captions with; take 0 or a larger share"
             )
+        if hasattr(source, "first_visit"):
+            raise UserError("data.caption_shuffle is not for a mixture: shuffle its parts instead")
         for name in ("file_rows", "num_file_rows", "vocabulary"):
             if hasattr(source, name):
                 setattr(self, name, getattr(source, name))
