@@ -8,5 +8,5 @@ ruff check .
 ruff format --check .
 pyright --pythonpath "$(command -v python)"
 if [[ "${1:-}" != lint ]]; then
-  python -m pytest -m "not parity and not realdata"
+  python -m pytest -n 2 --dist loadfile -m "not parity and not realdata"
 fi

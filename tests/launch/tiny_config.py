@@ -8,7 +8,7 @@ def get_config(arg: str = ""):
     if arg == "contrastive":
         return tiny.contrastive()
     if arg == "simcon":
-        return tiny.simcon()
+        return tiny.simcon("simcon")
     if arg not in ("", "cached", "manifest", "typo"):
         raise ValueError(f"tiny_config.py:{arg} is unknown;\ncheck the word after the colon")
     config = tiny.trm_ml(cached=arg == "cached")

@@ -112,12 +112,12 @@ class Run:
                 if (number + 1) % job.steps_per_epoch == 0:
                     current = self._refresh(current)
                 last, stopping = number + 1 == job.total_steps, vote(stop.requested)
-                if last:  # first, so that a mistake in the test data loses nothing
-                    self.files.save(current)
                 if (number + 1) % job.log_every == 0 or last:
                     current = self._log(current, number + 1, writer, clock)
                     clock = time.monotonic()
                 evaluated = None
+                if last:  # before it is evaluated, so that a mistake in the test data loses nothing
+                    self.files.save(current)
                 if (number + 1) % job.eval_every == 0 or last:
                     evaluated = self.evaluate(current)
                     writer.write(number + 1, job.eval_split, evaluated)
