@@ -31,6 +31,39 @@ class LazyIds(Sequence[str]):
         return self._name_of(places)
 
 
+class JoinedPairs:
+    """Image-text pairs that lie in several files or parts, one after the other; has no classes.
+
+    A subclass sets `_starts` [parts + 1], where each part begins, and has `_id(index)`.
+    """
+
+    class_names: tuple[str, ...] = ()
+    _starts: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids of the samples, made or read when asked for."""
+        return LazyIds(len(self), self._id)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int8 [N, 0]."""
+        return np.zeros((len(self), 0), np.int8)
+
+    def _id(self, index: int) -> str:
+        raise NotImplementedError
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(part, row of the part)."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, index - int(self._starts[part])
+
+
 def captioned(source: Source) -> np.ndarray | range:
     """Positions of the examples of `source` that have at least one caption, ascending.
 

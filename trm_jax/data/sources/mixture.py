@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trm_jax.data.sources.base import Source
-from trm_jax.data.sources.lazy import LazyIds, captioned
+from trm_jax.data.sources.lazy import JoinedPairs, captioned
 from trm_jax.types import UserError
 
 _FIELDS = ("dataset", "root", "options", "weight", "name")
@@ -28,7 +28,7 @@ class Part:
     visits: int
 
 
-class Mixture:
+class Mixture(JoinedPairs):
     """The parts one after the other, each repeated until it has its visits; a Source.
 
     Position i of part k is its example i modulo its size: an epoch visits each example of a part
@@ -37,8 +37,6 @@ class Mixture:
     Raises UserError for no part, two parts of one name, and a part with classes or fewer visits
     than examples.
     """
-
-    class_names: tuple[str, ...] = ()
 
     def __init__(self, parts: Sequence[Part]):
         self.parts = tuple(parts)
@@ -62,19 +60,6 @@ class Mixture:
                 f"an epoch of the mixture has {len(self):,} visits, more than {_MAX_EXAMPLES:,}; "
                 "bring the weights of data.options.parts nearer to the sizes"
             )
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """PART/ID; visits of one example have one id."""
-        return LazyIds(len(self), self._id)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int8 [N, 0]."""
-        return np.zeros((len(self), 0), np.int8)
 
     @property
     def captioned(self) -> np.ndarray | range:
@@ -114,24 +99,22 @@ class Mixture:
 
     def read(self, index: int) -> Mapping[str, np.ndarray]:
         """The inputs of one example."""
-        part, row = self._place(index)
+        part, row = self._visited(index)
         return part.source.read(row)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of one example."""
-        part, row = self._place(index)
+        part, row = self._visited(index)
         return part.source.captions(row)
 
-    def _place(self, index: int) -> tuple[Part, int]:
+    def _visited(self, index: int) -> tuple[Part, int]:
         """(part, example of the part)."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number, visit = self._place(index)
         part = self.parts[number]
-        return part, (index - int(self._starts[number])) % len(part.source)
+        return part, visit % len(part.source)
 
     def _id(self, index: int) -> str:
-        part, row = self._place(index)
+        part, row = self._visited(index)
         return f"{part.name}/{part.source.ids[row]}"
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from trm_jax.data.sources.base import decode_image, file_fingerprint
-from trm_jax.data.sources.lazy import LazyIds
+from trm_jax.data.sources.lazy import JoinedPairs
 from trm_jax.data.sources.records import read_json
 from trm_jax.types import BadSampleError, UserError
 
@@ -50,14 +50,12 @@ def unpack(record: bytes) -> tuple[str, tuple[str, ...], bytes]:
     return head["id"], tuple(head["captions"]), record[start:]
 
 
-class PairRecords:
+class PairRecords(JoinedPairs):
     """One split of a folder of pairs; a Source.
 
     root: the folder. split: "train" or "test".
     Raises UserError for a folder without the split, and for a file that is missing or cut short.
     """
-
-    class_names: tuple[str, ...] = ()
 
     def __init__(self, root: str | Path, split: str):
         self._root = Path(root)
@@ -76,19 +74,6 @@ class PairRecords:
         ]
         self._starts = np.cumsum([0, *(file["records"] for file in files)])
         self._last = _Last()
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Ids of the samples, read when asked for."""
-        return LazyIds(len(self), self._id)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int8 [N, 0]."""
-        return np.zeros((len(self), 0), np.int8)
 
     @property
     def captioned(self) -> range:
@@ -125,10 +110,7 @@ class PairRecords:
 
     def record(self, index: int) -> bytes:
         """One record as it lies in its file. Raises BadSampleError if it is damaged."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[file])
+        file, row = self._place(index)
         try:
             return _reader(self._paths[file], self._times[file]).read([row])[0]
         except Exception as error:  # array_record raises what its C++ library says

@@ -17,7 +17,7 @@ import numpy as np
 
 from trm_jax.data.sources import tar_index
 from trm_jax.data.sources.base import decode_image, file_fingerprint
-from trm_jax.data.sources.lazy import LazyIds
+from trm_jax.data.sources.lazy import JoinedPairs
 from trm_jax.types import BadSampleError, UserError
 
 # Open shards of this process, over all sources; the usual limit is 1,024 files.
@@ -26,7 +26,7 @@ _OPEN_FILES = 256
 _LINES = 8
 
 
-class WebDataset:
+class WebDataset(JoinedPairs):
     """The samples KEY.jpg (jpeg, png, webp) + KEY.txt of tar shards, in the order of the shards.
 
     The members of a sample are neighbours, as those who write shards have it (tar --sort=name).
@@ -41,8 +41,6 @@ class WebDataset:
     the damage; it is named in a line, as are shards without a sample and the count of samples that
     lack an image or a caption.
     """
-
-    class_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -64,19 +62,6 @@ class WebDataset:
             raise UserError(f"not one sample in the {len(self._paths)} shards of {root}")
         common = Path(os.path.commonpath([path.parent for path in self._paths]))
         self._names = [path.relative_to(common).with_suffix("").as_posix() for path in self._paths]
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """SHARD/KEY of each sample, read from the indexes when asked for."""
-        return LazyIds(len(self), self._id)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int8 [N, 0]."""
-        return np.zeros((len(self), 0), np.int8)
 
     @property
     def captioned(self) -> range:
@@ -111,13 +96,6 @@ class WebDataset:
         else:
             texts = [content.decode("utf-8", errors="replace")]
         return tuple(text.strip() for text in texts if text.strip())
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """(shard, sample of the shard)."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return shard, index - int(self._starts[shard])
 
     def _member(self, index: int, column: int) -> bytes:
         shard, row = self._place(index)
