@@ -19,7 +19,6 @@ python benchmarks/claims_simcon.py --positives=RUN
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,32 +95,15 @@ def main(arguments: list[str]) -> None:
             print("done" if records[task.folder] else "todo", task.folder)
         return
     todo = [task for task in chosen if not records[task.folder]]
-    print(f"{len(chosen)} runs, {len(todo)} to do", flush=True)
-    _run(tasks, todo, records, runs)
-    if _VALIDATION.value:
-        print(report.validation_table(chosen, records))
+    kept = not _VALIDATION.value
 
-
-def _run(tasks, todo: Sequence[harness.Task], records: dict[str, dict[str, Any]], runs: Path):
-    """Measures `todo`; `records` and the results file follow every finished run."""
-    started, done = time.time(), 0
-
-    def finished(task: harness.Task, record: dict[str, Any]) -> None:
-        nonlocal done
-        done += 1
-        records[task.folder] = record
-        left = (time.time() - started) / done * (len(todo) - done)
-        values = record["values"]
-        shown = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
-        print(f"[{done}/{len(todo)}, {left / 60:.0f} min left] {task.folder}: {shown}", flush=True)
-        if not _VALIDATION.value:
+    def write_results() -> None:
+        if kept:
             write(tasks, records)
 
-    failed = harness.run_tasks(todo, runs, jobs=_JOBS.value, finished=finished)
-    if not _VALIDATION.value:
-        write(tasks, records)
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, see {runs}/*/log.txt")
+    harness.run_plan(todo, records, runs, jobs=_JOBS.value, shown=_SHOWN, write=write_results)
+    if not kept:
+        print(report.validation_table(chosen, records))
 
 
 def write(tasks: Sequence[harness.Task], records: Mapping[str, dict[str, Any]]) -> None:

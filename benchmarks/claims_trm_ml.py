@@ -17,7 +17,6 @@ python benchmarks/claims_trm_ml.py --validation --only='source=glyphs,known=0.1,
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,30 +80,22 @@ def main(arguments: list[str]) -> None:
             print("done" if records[task.folder] else "todo", task.folder)
         return
     todo = [task for task in chosen if not records[task.folder]]
-    print(f"{len(chosen)} runs, {len(todo)} to do", flush=True)
-    started, done = time.time(), 0
+    kept = not _VALIDATION.value
 
-    def finished(task: harness.Task, record: dict[str, Any]) -> None:
-        nonlocal done
-        done += 1
-        records[task.folder] = record
-        left = (time.time() - started) / done * (len(todo) - done)
-        values = "  ".join(
-            f"{name} {value:.4g}"
-            for name, value in record["values"].items()
-            if name in ("mAP", "mAP_best", "seconds")
-        )
-        print(f"[{done}/{len(todo)}, {left / 60:.0f} min left] {task.folder}: {values}", flush=True)
-        if not _VALIDATION.value:
+    def write_results() -> None:
+        if kept:
             write(tasks, records)
 
-    failed = harness.run_tasks(todo, runs, jobs=_JOBS.value, finished=finished)
-    if _VALIDATION.value:
+    harness.run_plan(
+        todo,
+        records,
+        runs,
+        jobs=_JOBS.value,
+        shown=("mAP", "mAP_best", "seconds"),
+        write=write_results,
+    )
+    if not kept:
         print(report.validation_table(chosen, records))
-    else:
-        write(tasks, records)
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, see {runs}/*/log.txt")
 
 
 def write(tasks: Sequence[harness.Task], records: Mapping[str, dict[str, Any]]) -> None:

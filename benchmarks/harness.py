@@ -171,6 +171,45 @@ def run_tasks(
     return failed
 
 
+def run_plan(
+    todo: Sequence[Task],
+    records: dict[str, dict[str, Any]],
+    runs: Path,
+    *,
+    jobs: int,
+    shown: Sequence[str],
+    write: Callable[[], None],
+) -> None:
+    """Measures `todo`, with a line each; `records` and the results follow every finished run.
+
+    Args:
+      todo, runs, jobs: as `run_tasks`.
+      records: task.folder -> record; filled.
+      shown: the values that a line tells.
+      write: called after every run, and at the end.
+
+    Raises:
+      RuntimeError: a run failed; the others were measured.
+    """
+    print(f"{len(todo)} runs to do", flush=True)
+    started, done = time.time(), 0
+
+    def finished(task: Task, record: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        records[task.folder] = record
+        left = (time.time() - started) / done * (len(todo) - done)
+        values = record["values"]
+        told = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
+        print(f"[{done}/{len(todo)}, {left / 60:.0f} min left] {task.folder}: {told}", flush=True)
+        write()
+
+    failed = run_tasks(todo, runs, jobs=jobs, finished=finished)
+    write()
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, see {runs}/*/log.txt")
+
+
 def _feed(waiting: queue.SimpleQueue, outcomes: queue.SimpleQueue, runs: Path, stop) -> None:
     """One worker process at a time, renewed now and then, since compiled programs pile up.
 
