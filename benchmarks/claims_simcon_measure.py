@@ -14,7 +14,7 @@ from trm_jax.train import datasets, metrics, predictor, runner, workdirs
 from trm_jax.types import BadSampleError, UserError
 from trm_jax.visualize import positives
 
-POINTS = 8  # evaluations of a run
+POINTS = 6  # evaluations of a run
 QUALITY = ("mIoU", "Rsum", *(f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)))
 # |P^I|, |P^T|, the own pair's weight, 1/tau and the share of clipped steps.
 WATCHED = ("positives_image", "positives_text", "own_weight", "logit_scale", "clipped")

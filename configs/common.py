@@ -369,20 +369,18 @@ def groupvit(arg: str, *, parts: tuple[str, ...] = ()) -> ConfigDict:
 def groupvit_glyphs(image_size: int) -> ConfigDict:
     """A GroupViT small enough for a CPU: patches of 8 pixels, width 64, 12 groups, then 6.
 
-    No MLP projectors: at this size their batch statistics keep the towers from getting started.
+    The text tower is that of the small CLIP. No MLP projectors: at this size their batch
+    statistics keep the towers from getting started.
     """
     return ConfigDict({
-        "embed_dim": 64,
+        "embed_dim": 128,
         "projector_hidden": 0,
         "dense_pos_embed": False,
         "image": {
-            "kind": "groupvit", "patch_size": 8, "width": 64, "heads": 2, "depths": (2, 1, 1),
+            "kind": "groupvit", "patch_size": 8, "width": 64, "heads": 2, "depths": (1, 1, 1),
             "group_tokens": (12, 6, 0), "output_groups": (12, 6, 0), "drop_path": 0.0,
-            "activation": "quick_gelu", "image_size": image_size,
+            "activation": "quick_gelu", "initializer_range": 0.08, "image_size": image_size,
             "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25),
         },
-        "text": {
-            "vocab_size": 0, "context_length": 32, "width": 64, "heads": 2, "layers": 2,
-            "activation": "quick_gelu", "eos_id": 0,
-        },
+        "text": clip_glyphs().text,
     })

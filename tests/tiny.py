@@ -33,7 +33,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         config.model.clip = common.groupvit_glyphs(32) if grouping else common.clip_glyphs()
         config.model.architecture = ""
     shrink_clip(config.model.clip)
-    config.model.pretrained = "random"
+    config.model.update({"pretrained": "random", "initial_from": "", "initial_params": ()})
     config.model.tokenizer = "words"
     config.data.update(
         {
@@ -91,6 +91,7 @@ def simcon(loss: str = "mv_simcon") -> ConfigDict:
     """A GroupViT on glyph scenes with noisy captions, by the streaming loss."""
     config = shrink(simcon_glyphs.get_config(f"{loss},0.3"))
     config.loss.update({"implementation": "streaming", "block": 3})
+    config.loss.update({"thresholds": (0.95, 0.9, 0.85), "changes": (1 / 15, 0.5)})
     return config
 
 

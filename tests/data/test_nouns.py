@@ -180,10 +180,8 @@ def test_nouns_of_glyph_captions_are_categories_of_the_scene():
 def test_a_training_with_the_multi_label_loss(tmp_path):
     config = simcon_glyphs.get_config("infonce")
     config.loss.multi_label_weight = 1.0
-    config.model.clip.update({"embed_dim": 8})
-    config.model.clip.image.update({"width": 8, "depths": (1, 1), "image_size": 32})
-    config.model.clip.image.update({"group_tokens": (3, 0), "output_groups": (3, 0)})
-    config.model.clip.text.update({"width": 8, "layers": 1})
+    tiny.shrink_clip(config.model.clip)
+    config.model.update({"initial_from": "", "initial_params": ()})
     config.data.update({"image_size": 32, "train_size": 16, "test_size": 4, "batch_size": 8})
     config.train.update({"epochs": 1, "log_every": 1, "eval_every": 2, "checkpoint_every": 2})
     config.evaluate.update({"kinds": (), "pictures": 0})

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -305,6 +306,15 @@ def test_initialisation_is_the_papers():
     first = params(0)
     np.testing.assert_allclose(np.std(first["group_token"]), 0.02, rtol=0.3)
     np.testing.assert_allclose(np.std(first["blocks_0"]["mlp"]["fc1"]["kernel"]), 0.02, rtol=0.1)
+    # All linear maps follow the field, and nothing else does.
+    given = {"a": CONFIG, "b": CONFIG | {"image": IMAGE | {"initializer_range": 0.1}}}
+    drawn = {
+        k: jax.device_get(towers.init(validate(c), jax.random.key(0))) for k, c in given.items()
+    }
+    drawn = {name: flax.traverse_util.flatten_dict(tree, sep="/") for name, tree in drawn.items()}
+    for name, old in drawn["a"].items():
+        grown = name.startswith("params/image/stage") and name.endswith(("kernel", "group_token"))
+        np.testing.assert_allclose(drawn["b"][name], old * (5 if grown else 1), rtol=1e-5)
     projector = towers.Projector(50, 6).init(jax.random.key(0), jnp.zeros((1, 9)))["params"]
     for name, bound in (("fc1", 1 / 3), ("fc2", 50**-0.5)):  # torch's default
         for leaf in jax.tree.leaves(projector[name]):
@@ -321,6 +331,7 @@ def test_initialisation_is_the_papers():
         ({"drop_path": 1.0}, r"image.drop_path must lie in \[0, 1\), not 1.0"),
         ({"image_size": 10}, "image_size = 10 must be a multiple of patch_size = 4"),
         ({"heads": 3}, "image.width = 8 must be a multiple of heads = 3"),
+        ({"initializer_range": 0.0}, "image.initializer_range must be positive"),
         ({"activation": "relu"}, "image.activation = 'relu' must be one of gelu"),
     ],
 )

@@ -7,13 +7,14 @@ import signal
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests import tiny
 from trm_jax.data.sources.glyphs import GlyphScenes
 from trm_jax.data.sources.subset import Subset
 from trm_jax.models.clip import towers
 from trm_jax.pretrained import registry
-from trm_jax.train import datasets, experiment, loop, runner, workdirs
+from trm_jax.train import datasets, experiment, loop, paths, runner, workdirs
 from trm_jax.train.preemption import Preempted
 from trm_jax.types import BadSampleError, UserError
 
@@ -210,3 +211,40 @@ def _stopping(batches):
             yield batch
 
     return stopped
+
+
+def test_parameters_that_start_from_an_exported_model(tmp_path):
+    config = tiny.simcon()
+    config.data.update({"train_size": 8, "test_size": 8})
+    plain = experiment.build(config, cache_dir=tmp_path)
+    given = jax.tree.map(
+        lambda x: np.asarray(x + np.float32(1)), jax.device_get(plain.job.init()[0]["clip"])
+    )
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("towers", "others", "whole")}
+    tokenizer = plain.tokenizer.to_config()
+    other = {**tokenizer, "words": ["another", *tokenizer["words"][1:]]}
+    for name, words in (("towers", tokenizer), ("others", other)):
+        options = {"config": plain.clip, "tokenizer": words, "provenance": {}}
+        registry.save(files[name], given, **options)
+    flat = {f"clip/{name}": value for name, value in paths.flatten(given).items()}
+    save_file(flat, files["whole"])
+    config.model.initial_params = ("^clip/params/text/",)
+    for name in ("towers", "whole"):
+        config.model.initial_from = str(files[name])
+        built = experiment.build(config, cache_dir=tmp_path)
+        started = paths.flatten(built.job.init()[0])
+        for key, before in paths.flatten(plain.job.init()[0]).items():
+            added = 1.0 if key.startswith("clip/params/text/") else 0.0
+            np.testing.assert_array_equal(started[key], before + added)
+        assert built.initial.path == files[name]
+    config.model.initial_from = str(files["others"])
+    with pytest.raises(UserError, match="words are not those of this run's captions"):
+        experiment.build(config, cache_dir=tmp_path)
+    config.model.initial_params = ("text_projection",)
+    experiment.build(config, cache_dir=tmp_path)
+    config.model.initial_params = ("predictor",)
+    with pytest.raises(UserError, match="'predictor/.*' is missing or of another shape"):
+        experiment.build(config, cache_dir=tmp_path)
+    config.model.initial_from = "no.safetensors"
+    with pytest.raises(UserError, match="model.initial_from=no.safetensors: there is no such file"):
+        experiment.build(config, cache_dir=tmp_path)

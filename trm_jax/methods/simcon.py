@@ -164,7 +164,8 @@ def _loss(parts: _Parts, params, extras, batch, *, key, step, train) -> StepOutp
     total = metrics["loss_contrastive"].value()
     if threshold is not None:
         metrics |= {name: Mean.of(x, valid) for name, x in pairs._asdict().items()}
-        metrics["threshold"] = Mean.of(threshold)
+        # No cosine is above 1, and an infinite number is no JSON.
+        metrics["threshold"] = Mean.of(jnp.minimum(threshold, 1.0))
     if parts.predictor is not None:
         between, extras = _between_views(parts, params, extras, images, valid, train)
         metrics["loss_ncs"] = Mean.of(between, valid)

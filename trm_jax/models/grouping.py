@@ -18,6 +18,8 @@ from trm_jax.models import AnyArray
 from trm_jax.models.clip.transformer import ACTIVATIONS, attend, layer_norm
 from trm_jax.types import Key
 
+INIT_STD = 0.02  # of the public model's weights
+
 
 def gumbel_noise(
     keys: Shaped[Key, " n"], number: int | Int[AnyArray, ""], shape: tuple[int, ...]
@@ -66,9 +68,9 @@ def hard_assignment(
     return hard + (soft - jax.lax.stop_gradient(soft))  # the bracket is exactly zero
 
 
-def linear(features: int, dtype: Any, name: str) -> nn.Dense:
-    """A linear map with biases, initialised as GroupViT's are: N(0, 0.02^2) and zero."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+def linear(features: int, dtype: Any, name: str, init_std: float) -> nn.Dense:
+    """A linear map with biases, which start as N(0, init_std^2) and zero."""
+    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(init_std), name=name)
 
 
 class Mlp(nn.Module):
@@ -79,13 +81,14 @@ class Mlp(nn.Module):
     activation: str
     dtype: Any = jnp.float32
     tokens: bool = False
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[n, N, c] -> [n, N, features], or with `tokens` [n, features, c]."""
         x = x.swapaxes(1, 2) if self.tokens else x
-        x = ACTIVATIONS[self.activation](linear(self.hidden, self.dtype, "fc1")(x))
-        x = linear(self.features, self.dtype, "fc2")(x)
+        x = ACTIVATIONS[self.activation](linear(self.hidden, self.dtype, "fc1", self.init_std)(x))
+        x = linear(self.features, self.dtype, "fc2", self.init_std)(x)
         return x.swapaxes(1, 2) if self.tokens else x
 
 
@@ -96,18 +99,23 @@ class MultiHeadAttention(nn.Module):
     heads: int
     dtype: Any = jnp.float32
     kernel: str = "xla"
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(self, query: Float[AnyArray, "n q c"], tokens: Float[AnyArray, "n N c"]) -> Array:
         """[n, q, width]; `query` and `tokens` may be the same."""
         heads = (self.heads, self.width // self.heads)
-        q = linear(self.width, self.dtype, "q_proj")(query).reshape(*query.shape[:2], *heads)
+        q = linear(self.width, self.dtype, "q_proj", self.init_std)(query).reshape(
+            *query.shape[:2], *heads
+        )
         k, v = (
-            linear(self.width, self.dtype, name)(tokens).reshape(*tokens.shape[:2], *heads)
+            linear(self.width, self.dtype, name, self.init_std)(tokens).reshape(
+                *tokens.shape[:2], *heads
+            )
             for name in ("k_proj", "v_proj")
         )
         out = attend(q, k, v, None, self.kernel).reshape(query.shape)
-        return linear(self.width, self.dtype, "out_proj")(out)
+        return linear(self.width, self.dtype, "out_proj", self.init_std)(out)
 
 
 class EncoderBlock(nn.Module):
@@ -117,6 +125,7 @@ class EncoderBlock(nn.Module):
       width, heads, activation: as in GroupViT; the MLP's hidden layer has 4 width.
       dtype: of the compute; parameters, LayerNorm and softmax are float32.
       kernel: of the attention, see transformer.attend.
+      init_std: see `linear`.
     """
 
     width: int
@@ -124,14 +133,18 @@ class EncoderBlock(nn.Module):
     activation: str
     dtype: Any = jnp.float32
     kernel: str = "xla"
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(
         self, x: Float[AnyArray, "n N c"], factors: Float[AnyArray, "n 2"] | None = None
     ) -> Float[Array, "n N c"]:
         """`factors` multiply the branches of each example, see `branch_factors`."""
-        attention = MultiHeadAttention(self.width, self.heads, self.dtype, self.kernel, name="attn")
-        mlp = Mlp(4 * self.width, self.width, self.activation, self.dtype, name="mlp")
+        std = self.init_std
+        attention = MultiHeadAttention(
+            self.width, self.heads, self.dtype, self.kernel, std, name="attn"
+        )
+        mlp = Mlp(4 * self.width, self.width, self.activation, self.dtype, False, std, name="mlp")
         first, second = (None, None) if factors is None else (factors[:, 0], factors[:, 1])
         normed = layer_norm("norm1")(x).astype(self.dtype)
         x = jnp.asarray(x + _scaled(attention(normed, normed), first))
@@ -151,14 +164,17 @@ class CrossBlock(nn.Module):
     heads: int
     activation: str
     dtype: Any = jnp.float32
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(self, query: Array, tokens: Array) -> Float[Array, "n q c"]:
         """[n, q, width] in float32."""
-        x = query + MultiHeadAttention(self.width, self.heads, self.dtype, name="attn")(
-            query.astype(self.dtype), tokens
+        std = self.init_std
+        attention = MultiHeadAttention(
+            self.width, self.heads, self.dtype, init_std=std, name="attn"
         )
-        mlp = Mlp(4 * self.width, self.width, self.activation, self.dtype, name="mlp")
+        x = query + attention(query.astype(self.dtype), tokens)
+        mlp = Mlp(4 * self.width, self.width, self.activation, self.dtype, False, std, name="mlp")
         return layer_norm("norm_post")(x + mlp(layer_norm("norm2")(x)))
 
 
@@ -170,6 +186,7 @@ class Assignment(nn.Module):
 
     width: int
     dtype: Any = jnp.float32
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(
@@ -179,8 +196,11 @@ class Assignment(nn.Module):
         noise: Float[AnyArray, "n G N"] | None,
     ) -> tuple[Float[Array, "n G c"], Float[Array, "n G N"]]:
         """(what the groups gather, softmax of the logits over groups without noise, float32)."""
-        q = linear(self.width, self.dtype, "q_proj")(groups)
-        k, v = (linear(self.width, self.dtype, name)(tokens) for name in ("k_proj", "v_proj"))
+        q = linear(self.width, self.dtype, "q_proj", self.init_std)(groups)
+        k, v = (
+            linear(self.width, self.dtype, name, self.init_std)(tokens)
+            for name in ("k_proj", "v_proj")
+        )
         logits = jnp.einsum("nGc,nNc->nGN", q, k, preferred_element_type=jnp.float32)
         logits = logits * self.width**-0.5
         hard = hard_assignment(logits, noise)
@@ -188,7 +208,7 @@ class Assignment(nn.Module):
             "nGN,nNc->nGc", hard.astype(self.dtype), v, preferred_element_type=jnp.float32
         )
         mean = total / (hard.sum(axis=-1, keepdims=True) + 1.0)
-        out = linear(self.width, self.dtype, "out_proj")(mean.astype(self.dtype))
+        out = linear(self.width, self.dtype, "out_proj", self.init_std)(mean.astype(self.dtype))
         return out, jax.nn.softmax(logits, axis=-2)
 
 
@@ -199,6 +219,7 @@ class GroupingBlock(nn.Module):
       width, heads, activation: as in GroupViT.
       groups: how many come out.
       dtype: of the compute.
+      init_std: see `linear`.
     """
 
     width: int
@@ -206,6 +227,7 @@ class GroupingBlock(nn.Module):
     groups: int
     activation: str
     dtype: Any = jnp.float32
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(
@@ -227,13 +249,12 @@ class GroupingBlock(nn.Module):
         """
         tokens = layer_norm("norm_tokens")(tokens).astype(self.dtype)
         x = layer_norm("norm_x")(x).astype(self.dtype)
-        inter = Mlp(
-            self.width // 2, self.groups, self.activation, self.dtype, True, name="token_mlp"
-        )
+        kind, std = (self.activation, self.dtype), self.init_std
+        inter = Mlp(self.width // 2, self.groups, *kind, True, std, name="token_mlp")
         asking = layer_norm("norm_post")(inter(tokens))
-        cross = CrossBlock(self.width, self.heads, self.activation, self.dtype, name="cross")
-        asking = cross(asking, x).astype(self.dtype)
-        gathered, soft = Assignment(self.width, self.dtype, name="assign")(asking, x, noise)
+        asking = CrossBlock(self.width, self.heads, *kind, std, name="cross")(asking, x)
+        asking = asking.astype(self.dtype)
+        gathered, soft = Assignment(self.width, self.dtype, std, name="assign")(asking, x, noise)
         gathered = gathered + asking
-        mlp = Mlp(4 * self.width, self.width, self.activation, self.dtype, name="channel_mlp")
+        mlp = Mlp(4 * self.width, self.width, *kind, False, std, name="channel_mlp")
         return gathered + mlp(layer_norm("norm_new")(gathered)), soft

@@ -29,6 +29,7 @@ from trm_jax.types import BatchSpec, DataInfo, Method, PyTree, UserError
 
 _SECTIONS = {"trm_ml": trm_ml, "dualcoop": dualcoop, "simcon": simcon}
 _ON_CAPTIONS = ("contrastive", "simcon")
+_TOKEN_EMBEDDING = "clip/params/text/token_embedding"
 
 
 class Experiment(NamedTuple):
@@ -45,6 +46,7 @@ class Experiment(NamedTuple):
     eval_split: str  # "test", or "val" when a share of the training images is held out
     inputs: BatchSpec  # the image entry of a batch, before any feature cache
     pretrained: registry.Located  # the weights that were loaded
+    initial: registry.Located  # those that some parameters start from
 
 
 def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
@@ -83,10 +85,22 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
         train, test = datasets.cached((train, test), config, clip, method, params, dtype, cache_dir)
         inputs, _ = datasets.input_spec(train, clip, config.data.image_size)
         method = make_method(config, info, tokenizer, clip, inputs, grid)
-    params = _warm_start(params, config.model.initial_params, config.model.initial_from)
+    initial = _locate_initial(config.model.initial_from)
+    params = _warm_start(params, config.model.initial_params, initial, tokenizer)
     job = _job(config, method, info, tokenizer, train, test, observed, (params, extras))
     return Experiment(
-        job, method, info, tokenizer, clip, train, test, observed, eval_split, raw_inputs, located
+        job,
+        method,
+        info,
+        tokenizer,
+        clip,
+        train,
+        test,
+        observed,
+        eval_split,
+        raw_inputs,
+        located,
+        initial,
     )
 
 
@@ -193,17 +207,40 @@ def _info(config: ConfigDict, train: Source, test: Source) -> DataInfo:
     )
 
 
-def _warm_start(params: PyTree, patterns, path: str) -> PyTree:
-    """Params matching `patterns` replaced by those of an exported model."""
-    if not path:
+def _locate_initial(name: str) -> registry.Located:
+    if not name:
+        return registry.locate("random")
+    path = registry.PACKAGED.get(name, Path(name).expanduser())
+    if not path.is_file():
+        raise UserError(
+            f"model.initial_from={name}: there is no such file; give the model.safetensors or "
+            f"clip.safetensors of an export, or {', '.join(registry.PACKAGED)}"
+        )
+    return registry.Located(name, path)
+
+
+def _warm_start(
+    params: PyTree, patterns, initial: registry.Located, tokenizer: tokenizers.Tokenizer
+) -> PyTree:
+    """Params that match `patterns` replaced by those of `initial`, if that is a file."""
+    path = initial.path
+    if path is None:
         return params
     given = load_file(path)
     flat = paths.flatten(params)
     hits = paths.matches(params, patterns, field="model.initial_params")
     for name in (n for n, hit in hits.items() if hit):
-        if name not in given or given[name].shape != flat[name].shape:
+        # A file of towers alone calls clip/params/.. params/..
+        value = given.get(name, given.get(name.removeprefix("clip/")))
+        if value is None or value.shape != flat[name].shape:
             raise UserError(f"model.initial_from={path}: '{name}' is missing or of another shape")
-        flat[name] = jnp.asarray(given[name], flat[name].dtype)
+        flat[name] = jnp.asarray(value, flat[name].dtype)
+    words = registry.tokenizer_config(initial)
+    if hits.get(_TOKEN_EMBEDDING) and words not in (None, tokenizer.to_config()):
+        raise UserError(
+            f"model.initial_from={path}: its words are not those of this run's captions, so the "
+            "token embeddings would be mixed up; leave them out of model.initial_params"
+        )
     return jax.tree.unflatten(jax.tree.structure(params), list(flat.values()))
 
 

@@ -111,6 +111,7 @@ def _report(built: Experiment, run: Run, mesh, folder: Path) -> dict[str, Any]:
         "parameters": run.counts,
         "frozen_sha256": run.frozen_hash,
         "pretrained": registry.provenance(built.pretrained),
+        "initial": registry.provenance(built.initial),
         **_data_report(built),
         "names_with_unknown_words": tokenizers.names_with_unknown_words(
             built.tokenizer, built.info.class_names

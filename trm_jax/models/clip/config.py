@@ -35,6 +35,7 @@ _IMAGE_FIELDS: dict[str, dict[str, Any]] = {
         "output_groups": (64, 8, 0),
         "drop_path": 0.1,
         "activation": "gelu",
+        "initializer_range": 0.02,
         "image_size": _REQUIRED,
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
@@ -130,6 +131,8 @@ def _check_image(image: Mapping[str, Any]) -> None:
 
 
 def _check_stages(image: Mapping[str, Any], where: str) -> None:
+    if not image["initializer_range"] > 0:
+        raise UserError(f"{where}.initializer_range must be positive")
     depths = image["depths"]
     if not _counts(depths, least=1) or len(depths) < 2:
         raise UserError(f"{where}.depths must list the blocks of two or more stages, not {depths}")
