@@ -46,6 +46,7 @@ _TASKS_PER_WORKER = 8
 _NOT_IN_FINGERPRINT = (
     "data.root",
     "data.options.annotations",
+    "data.options.keep",
     "data.cache_dir",
     "data.workers",
     "model.architecture",

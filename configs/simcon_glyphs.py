@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
     config.data.options.update({
         "caption_noise": float(noise or 0.3), "clutter": 0.0, "max_objects": 2,
         "object_scale": 1.6, "attributes": False, "typical_color": 1.0, "categories": 12,
-        "seed": 11,
+        "seed": 11, "keep": True,
     })
     config.optimizer.update({
         "learning_rate": 1e-3, "schedule": "cosine", "warmup_epochs": 1.0, "weight_decay": 0.05,

@@ -296,10 +296,11 @@ def test_positives_of_a_run_name_its_readable_images(monkeypatch, tmp_path):
 
 TINY = {
     "data.train_size": 16, "data.batch_size": 8, "data.test_size": 6, "train.steps": 3,
-    "model.clip.image.width": 16, "model.clip.image.depths": "(1, 1, 1)",
-    "model.clip.image.group_tokens": "(4, 3, 0)", "model.clip.image.output_groups": "(4, 3, 0)",
+    "model.clip.image.width": 16, "model.clip.image.depths": "(1, 1)",
+    "model.clip.image.group_tokens": "(4, 0)", "model.clip.image.output_groups": "(4, 0)",
     "model.clip.text.width": 16, "model.clip.text.layers": 1, "evaluate.batch_size": 6,
-    "evaluate.segmentation.batch_size": 6,
+    "evaluate.segmentation.batch_size": 6, "loss.thresholds": "(0.95, 0.9)",
+    "loss.changes": "(0.5,)", "model.initial_from": "''", "model.initial_params": "()",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from trm_jax.data.sources import glyph_captions, glyph_font
+from trm_jax.data.sources import glyph_captions, glyph_font, glyphs
 from trm_jax.data.sources.glyphs import GlyphScenes
 from trm_jax.types import UserError
 
@@ -308,3 +308,19 @@ def test_a_curriculum_limits_objects_scales_them_and_drops_attributes():
     assert not words & {"red", "green", "blue", "yellow", "small", "tiny", "large", "big"}
     with pytest.raises(UserError, match="max_objects"):
         GlyphScenes(3, 60, max_objects=7)
+
+
+def test_kept_scenes_are_the_same_and_are_made_once(monkeypatch):
+    fresh = GlyphScenes(seed=3, size=4, image_size=32, caption_noise=0.5)
+    kept = GlyphScenes(seed=3, size=4, image_size=32, caption_noise=0.5, keep=True)
+    made = [(kept.read(i)["image"], kept.captions(i)) for i in range(4)]
+    for i, (image, captions) in enumerate(made):
+        np.testing.assert_array_equal(image, fresh.read(i)["image"])
+        assert captions == fresh.captions(i)
+    assert pickle.loads(pickle.dumps(kept))._kept == {}
+    monkeypatch.setattr(glyphs, "render", None)
+    monkeypatch.setattr(glyph_captions, "caption", None)
+    assert all(kept.read(i)["image"] is made[i][0] for i in range(4))
+    assert [kept.captions(i) for i in range(4)] == [captions for _, captions in made]
+    with pytest.raises(ValueError, match="read-only"):
+        made[0][0][0] = 0

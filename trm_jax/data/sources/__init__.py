@@ -71,6 +71,7 @@ def _open_glyphs(
     attributes: bool = True,
     categories: int = 40,
     seed: int = 0,
+    keep: bool = False,
 ) -> Source:
     """The endless glyph scenes made finite; train and test come from different streams."""
     del root
@@ -90,6 +91,7 @@ def _open_glyphs(
         typical_color=typical_color,
         attributes=attributes,
         categories=categories,
+        keep=keep,
     )
 
 

@@ -10,6 +10,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -190,6 +191,8 @@ class GlyphScenes:
             (three or four categories share one): real things have one, and encoders find it first.
         attributes: whether captions tell colours and sizes, which are easier to learn than names.
         categories: scenes hold the first so many of the forty categories.
+        keep: images and captions stay in memory once they are made (3 S^2 bytes a scene), so that
+            the epochs after the first cost no painting.
 
     Raises:
         UserError: an option is out of its range.
@@ -207,6 +210,7 @@ class GlyphScenes:
         typical_color: float = 0.0,
         attributes: bool = True,
         categories: int = len(CATEGORIES),
+        keep: bool = False,
     ):
         if not 0 <= seed < 2**63:
             raise UserError(f"glyphs: seed must lie in [0, 2**63), it is {seed}")
@@ -230,12 +234,15 @@ class GlyphScenes:
         self.max_objects, self.object_scale = max_objects, object_scale
         self.typical_color, self.attributes = typical_color, attributes
         self.class_names: tuple[str, ...] = CLASS_NAMES[:categories]
+        self.keep = keep
+        self._kept: dict[tuple[str, int], Any] = {}
 
     def __len__(self) -> int:
         return self.size
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("ids", "labels")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("ids", "labels")}
+        return {**state, "_kept": {}}
 
     @functools.cached_property
     def ids(self) -> tuple[str, ...]:
@@ -257,9 +264,8 @@ class GlyphScenes:
         return self._scene(index)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """{"image": uint8 [S, S, 3] RGB}."""
-        rng = self._rng("pixels", index)
-        return {"image": render(self.scene(index), self.image_size, self.clutter, rng)}
+        """{"image": uint8 [S, S, 3] RGB}, read-only if it is kept."""
+        return {"image": self._once("image", index, self._paint)}
 
     def masks(self, index: int) -> np.ndarray:
         """bool [objects, S, S]: the visible silhouette of each object of the scene.
@@ -302,6 +308,23 @@ class GlyphScenes:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Five captions: true ones or, for a noisy scene, noise of one kind (see the class)."""
+        return self._once("captions", index, self._describe)
+
+    def _paint(self, index: int) -> np.ndarray:
+        rng = self._rng("pixels", index)
+        image = render(self.scene(index), self.image_size, self.clutter, rng)
+        image.flags.writeable = not self.keep
+        return image
+
+    def _once(self, what: str, index: int, make: Callable[[int], Any]) -> Any:
+        if not self.keep:
+            return make(index)
+        made = self._kept.get((what, index))
+        if made is None:
+            made = self._kept[what, index] = make(index)
+        return made
+
+    def _describe(self, index: int) -> tuple[str, ...]:
         scene, draw = self.scene(index), self._draw("captions", index)
         if not self.is_noisy(index):
             return tuple(
