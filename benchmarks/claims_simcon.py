@@ -5,8 +5,8 @@ python benchmarks/claims_simcon.py --jobs=2 --seeds=3 --data=FOLDER
 Writes benchmarks/results/claims_simcon.{json,md} and claims_simcon_*.png, after every finished
 run; started again, it measures what is missing: what neither --runs nor the results file has a
 record of, for this config. After a change of code that moves the results, delete both. --data is
-the folder of flickr8k_precomp/ (default: the environment variable TRM_DATA); without it the rows on
-Flickr8k's features are left out. A seed draws the parameters, the order of the images, their
+the folder of flickr8k_precomp/ and flickr8k/ (default: the environment variable TRM_DATA); without
+it the rows on Flickr8k are left out. A seed draws the parameters, the order of the images, their
 augmentation and, on Flickr8k, which captions are exchanged.
 
 To choose settings, on other scenes than the test scenes:
@@ -43,11 +43,11 @@ _SHOWN = ("mIoU", "Rsum", "seconds")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Worker processes, each with one thread", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, .. of every row", lower_bound=1)
 _SWEEP_SEEDS = flags.DEFINE_integer(
-    "sweep_seeds", 1, "Seeds of the recipes and the batch sizes, at most --seeds", lower_bound=1
+    "sweep_seeds", 1, "Seeds of photos, recipes and batch sizes, at most --seeds", lower_bound=1
 )
 _RUNS = flags.DEFINE_string("runs", "runs/claims_simcon", "Folder of the runs; kept to resume")
 _DATA = flags.DEFINE_string(
-    "data", os.environ.get("TRM_DATA", ""), f"Folder of {plan.FEATURES}/, empty for glyphs alone"
+    "data", os.environ.get("TRM_DATA", ""), f"Folder of {plan.FEATURES}/ and {plan.PHOTOS}/"
 )
 _ONLY = flags.DEFINE_string(
     "only", "", f"Which runs: KEY=VALUE[|VALUE],.. by {', '.join(_KEYS)}; 'recipe=' is no recipe"
@@ -72,10 +72,11 @@ def main(arguments: list[str]) -> None:
         return
     if _SET.value and not (_VALIDATION.value or _RESULTS.value or _DRY_RUN.value):
         raise UserError("--set changes what is measured: use --validation, or name a --results")
-    if _DATA.value and not (Path(_DATA.value) / plan.FEATURES).is_dir():
-        raise UserError(
-            f"--data={_DATA.value} has no folder {plan.FEATURES}/; --data= is glyph scenes alone"
-        )
+    for name in (plan.FEATURES, plan.PHOTOS) if _DATA.value else ():
+        if not (Path(_DATA.value) / name).is_dir():
+            raise UserError(
+                f"--data={_DATA.value} has no folder {name}/; --data= is glyph scenes alone"
+            )
     runs = Path(_RUNS.value)
     tasks = plan.tasks(
         seeds=_SEEDS.value,

@@ -9,14 +9,14 @@ from ml_collections import ConfigDict
 
 from benchmarks import claims_simcon_measure as measure
 from benchmarks import harness
-from configs import common, lit_flickr8k, simcon_glyphs
+from configs import common, lit_flickr8k, simcon_flickr8k, simcon_glyphs
 from trm_jax.types import UserError
 
-SOURCES = ("glyphs", "flickr8k_features")
+SOURCES = ("glyphs", "flickr8k_features", "flickr8k_photos")
 NOISE, NOISES = 0.3, (0.0, 0.3, 0.6)  # share of the training images whose captions are not theirs
 BATCH = int(simcon_glyphs.get_config().data.batch_size)
 BATCHES = (64, 128, 256, 512, 1024, 2048)
-FEATURES = "flickr8k_precomp"  # the folder below --data
+FEATURES, PHOTOS = "flickr8k_precomp", "flickr8k"  # the folders below --data
 
 # Row of the paper's ablation -> (loss.name, its switches); every row adds one thing.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,12 +48,13 @@ def tasks(
 ) -> list[harness.Task]:
     """All runs in the order in which they are worth having.
 
-    Seed by seed the ablation, the noise and the features; then the recipes and the batch sizes.
+    Seed by seed the ablation, the noise and the features; then the photos, the recipes and the
+    batch sizes.
 
     Args:
       seeds: 0, 1, .. of every row.
-      sweep_seeds: of the recipes and the batch sizes, no more than `seeds`.
-      data: folder of flickr8k_precomp/; "" leaves that source out.
+      sweep_seeds: of the photos, the recipes and the batch sizes, no more than `seeds`.
+      data: folder of flickr8k_precomp/ and flickr8k/; "" leaves these sources out.
       overrides: dotted config fields, set wherever a run has them, before a row's own.
       validation: measure on other glyph scenes, and on a tenth of Flickr8k's training images.
 
@@ -68,11 +69,17 @@ def tasks(
             planned += [maker.glyphs(name, noise, seed) for name in (BASELINE, FULL)]
         if data:
             planned += [
-                maker.features(name, noise, seed)
+                maker.flickr8k("features", name, noise, seed)
                 for noise in NOISES
                 for name in (BASELINE, "SimCon")
             ]
     for seed in range(min(seeds, sweep_seeds)):
+        if data:
+            planned += [
+                maker.flickr8k("photos", name, noise, seed)
+                for noise in (0.0, NOISE)
+                for name in (BASELINE, "SimCon")
+            ]
         planned += [maker.recipe(recipe, seed) for recipe in RECIPES]
         planned += [maker.batch(name, b, seed) for b in BATCHES for name in (BASELINE, FULL)]
     unused = set(maker.overrides) - maker.found
@@ -83,8 +90,10 @@ def tasks(
 
 def count_runs(source: str, seeds: int, sweep_seeds: int) -> int:
     """How many runs the whole plan has for a source."""
-    if source != "glyphs":
+    if source == "flickr8k_features":
         return seeds * 2 * len(NOISES)
+    if source == "flickr8k_photos":
+        return min(seeds, sweep_seeds) * 2 * 2
     ablation = len(METHODS) + 2 * (len(NOISES) - 1)
     # One recipe and one batch size are the ablation's own.
     sweeps = len(RECIPES) - 1 + 2 * len(set(BATCHES) - {BATCH})
@@ -129,17 +138,21 @@ class _Maker:
         config.data.batch_size = batch
         return self._task(name, config, "glyphs", NOISE)
 
-    def features(self, name: str, noise: float, seed: int) -> harness.Task:
-        """Two towers on Flickr8k's precomputed region features, which have no views."""
+    def flickr8k(self, kind: str, name: str, noise: float, seed: int) -> harness.Task:
+        """Two towers on Flickr8k's photos, or on precomputed region "features" of them."""
         loss, switches = METHODS[name]
-        config = common.simcon(lit_flickr8k.get_config(str(Path(self.data) / FEATURES)), loss)
+        if kind == "features":
+            config = common.simcon(lit_flickr8k.get_config(str(Path(self.data) / FEATURES)), loss)
+            config.loss.update(common.SHORT_RUN)
+        else:
+            config = simcon_flickr8k.get_config(f"{loss},{Path(self.data) / PHOTOS}")
         config.data.caption_shuffle = noise
         # The captions that are exchanged.
         config.data.label_seed = seed
         if self.validation:
             config.data.holdout = 0.1
         config = self._finish(config, name, seed, switches)
-        return self._task(name, config, "flickr8k_features", noise)
+        return self._task(name, config, f"flickr8k_{kind}", noise)
 
     def _glyphs(self, name: str, noise: float, seed: int) -> ConfigDict:
         loss, switches = METHODS[name]

@@ -36,6 +36,7 @@ _RECALLS = tuple(name for name in measure.QUALITY if "_R@" in name)
 _TITLES = {
     "glyphs": "Glyph scenes, a small GroupViT",
     "flickr8k_features": "Flickr8k, precomputed region features, two towers",
+    "flickr8k_photos": "Flickr8k, photos of 64 pixels, two small towers from nothing",
 }
 _ORDER = tuple(plan.METHODS)
 Place = Mapping[str, Any]
@@ -130,8 +131,10 @@ def write_pages(file: Mapping[str, Any], path: Path) -> None:
         "captions are exchanged. Noise is the share of the training images whose captions are not "
         "theirs; test captions are right. +joint positives is all of MV-SimCon.\n"
     )
-    for section in (_ablation, _noise, _recipes, _batches, _features):
+    for section in (_ablation, _noise, _recipes, _batches):
         parts += section(file, path)
+    for source in plan.SOURCES[1:]:
+        parts += _flickr8k(file, path, source)
     path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -225,14 +228,13 @@ def _recipes(file: Mapping[str, Any], path: Path) -> list[str]:
     ]
 
 
-def _features(file: Mapping[str, Any], path: Path) -> list[str]:
-    source = "flickr8k_features"
+def _flickr8k(file: Mapping[str, Any], path: Path, source: str) -> list[str]:
     part = _plain(file, source=source)
     if not part["rows"]:
         return []
     parts = [
         f"## {_TITLES[source]}\n",
-        "Captions are exchanged among a share of the training images. Features have no views.\n",
+        "Captions are exchanged among a share of the training images.\n",
         report.markdown_table(
             part, _names(part), report.condition_columns(part, "noise", metric="Rsum"), head="Rsum"
         ),

@@ -281,6 +281,9 @@ def our_recipe(config: ConfigDict) -> ConfigDict:
 
 
 LOSSES = ("infonce", "simcon", "mv_simcon")
+# Of `loss`, for runs of minutes: while towers find their first features, all images look alike to
+# them, and would be one another's positives. Nothing is as similar as infinity: InfoNCE so far.
+SHORT_RUN = {"thresholds": (float("inf"), 0.95, 0.90, 0.85), "changes": (0.25, 0.5, 0.75)}
 
 
 def simcon(config: ConfigDict, name: str) -> ConfigDict:

@@ -18,6 +18,7 @@ def get_config(arg: str = ""):
         "dataset": "flickr8k", "root": root, "image_size": 64, "text_length": 24,
         "batch_size": 128, "augment": "flip_crop",
     })
+    config.loss.update(common.SHORT_RUN)
     config.optimizer.update({
         "learning_rate": 1e-3, "schedule": "cosine", "warmup_epochs": 1.0, "weight_decay": 0.1,
         "b2": 0.98, "decay": ("kernel$", "embedding$"), "clip": 1.0,

@@ -3,8 +3,7 @@
 python launch/train.py --config=configs/simcon_glyphs.py:mv_simcon,0.3 --workdir=runs/simcon_glyphs
 
 The text tower starts from the bundled CLIP's and learns on: from nothing, most of a run this short
-would be the time until the towers agree on anything. For the same reason SimCon looks for
-positives after a quarter of the run only. Chosen on other scenes
+would be the time until the towers agree on anything. Settings were chosen on other scenes
 (benchmarks/claims_simcon.py --validation).
 """
 
@@ -32,10 +31,7 @@ def get_config(arg: str = ""):
         "learning_rate": 1e-3, "schedule": "cosine", "warmup_epochs": 1.0, "weight_decay": 0.05,
         "b2": 0.98, "decay": ("kernel$",), "clip": 1.0,
     })
-    # Infinite: no pair is similar enough, so this is InfoNCE.
-    config.loss.update({
-        "thresholds": (float("inf"), 0.95, 0.90, 0.85), "changes": (0.25, 0.5, 0.75),
-    })
+    config.loss.update(common.SHORT_RUN)
     config.train.update({
         "epochs": 5, "log_every": 50, "eval_every": 150, "checkpoint_every": 600,
     })

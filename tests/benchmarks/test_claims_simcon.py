@@ -41,7 +41,9 @@ def test_the_plan_starts_with_the_ablation_and_has_every_run_once(tasks):
     assert len({task.folder for task in tasks}) == len(tasks)
     counts = {s: sum(t.conditions[0]["source"] == s for t in tasks) for s in plan.SOURCES}
     # Two seeds of 5 rows and 2 more noises of 2; one seed of 3 more recipes, 5 more batches of 2.
-    assert counts == {"glyphs": 2 * (5 + 4) + 3 + 10, "flickr8k_features": 2 * 6}
+    # And one seed of two methods with two shuffles on the photos.
+    wanted = {"glyphs": 2 * (5 + 4) + 3 + 10, "flickr8k_features": 2 * 6, "flickr8k_photos": 4}
+    assert counts == wanted
     assert counts == {source: plan.count_runs(source, 2, 1) for source in plan.SOURCES}
     assert (
         plan.count_runs("glyphs", 3, 1) == 40 and plan.count_runs("flickr8k_features", 3, 1) == 18
@@ -74,9 +76,11 @@ def test_noise_and_seed_reach_the_data(tasks):
         assert found == condition["noise"] and data.batch_size == condition["batch"]
         assert task.config.seed == task.seed
         if not glyphs:
-            assert data.label_seed == task.seed and data.root == "data/flickr8k_precomp"
+            photos = condition["source"] == "flickr8k_photos"
+            assert data.label_seed == task.seed
+            assert data.root == ("data/flickr8k" if photos else "data/flickr8k_precomp")
             assert task.config.method == "simcon" and task.config.data.holdout == 0.0
-            assert task.config.model.clip.image.kind == "features"
+            assert task.config.model.clip.image.kind == ("resnet" if photos else "features")
 
 
 def test_recipes_and_batch_sizes(tasks):
@@ -201,7 +205,7 @@ def test_partial_results_keep_what_is_not_planned(tasks):
     part = dict(itertools.islice(_records(glyphs).items(), 3))
     file = _results(glyphs, part, whole)
     assert file["partial"] and file["unfinished_runs"]["glyphs"] == len(glyphs) - 3
-    features = [r for r in whole["rows"] if r["condition"]["source"] == "flickr8k_features"]
+    features = [r for r in whole["rows"] if r["condition"]["source"] != "glyphs"]
     assert [r for r in file["rows"] if r not in features] == _results(glyphs, part)["rows"]
     assert features and [r for r in file["rows"] if r in features] == features
     kept = {k: r for k, r in whole["records"].items() if k.startswith("flickr8k")}
