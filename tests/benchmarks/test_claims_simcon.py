@@ -229,7 +229,7 @@ def test_pages_are_written_from_the_file_alone(tasks, tmp_path):
     assert "| mIoU | 64 | 128 | 256 | 512 | 1024 | 2048 |" in text
     pictures = {p.name for p in tmp_path.glob("*.png") if p.stat().st_size > 10_000}
     assert pictures == {
-        f"claims_{name}.png" for name in ("curves", "noise", "batch", "flickr8k_features")
+        f"claims_{name}.png" for name in ("curves", "noise", "batch", *plan.SOURCES[1:])
     }
     assert pictures == set(re.findall(r"\]\((\S+\.png)\)", text))
 
