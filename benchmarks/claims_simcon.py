@@ -87,10 +87,7 @@ def main(arguments: list[str]) -> None:
     )
     stored = _results_file().get("records", {})
     records = {t.folder: harness.record_of(t, runs) or stored.get(t.folder, {}) for t in tasks}
-    only = selection.wanted(_ONLY.value, _KEYS)
-    chosen = [task for task in tasks if selection.matches(task, only)]
-    if not chosen:
-        raise UserError(f"--only={_ONLY.value}: no run matches")
+    chosen = selection.choose(tasks, _ONLY.value, _KEYS)
     if _DRY_RUN.value:
         for task in chosen:
             print("done" if records[task.folder] else "todo", task.folder)

@@ -117,14 +117,7 @@ def _key(row: Mapping[str, Any]) -> tuple:
 
 def write_pages(file: Mapping[str, Any], path: Path) -> None:
     """The Markdown page beside the results file, and its charts."""
-    parts = [
-        "# Claims of SimCon, measured\n",
-        f"{file['date']}, {file['device']}, {file['cores']} cores; "
-        f"`{file['command']}`; {file['seconds'] / 3600:.1f} hours of runs.\n",
-    ]
-    if file.get("partial"):
-        left = ", ".join(f"{n} on {source}" for source, n in file["unfinished_runs"].items() if n)
-        parts.append(f"**Partial**: runs still to do: {left}.\n")
+    parts = harness.page_head("Claims of SimCon, measured", file)
     parts.append(
         "After the last step, in per cent, mean ± sample standard deviation over the seeds; a seed "
         "draws the parameters, the order of the images, their augmentation and, on Flickr8k, which "
@@ -221,7 +214,7 @@ def _recipes(file: Mapping[str, Any], path: Path) -> list[str]:
         f"## The anchor's own similarity and the temperature: SimCon, {100 * plan.NOISE:g} % noise"
         "\n",
         'Eq. 3 to the letter ("include") keeps the similarity of an anchor with itself, which is '
-        "always 1. Over the last eighth of training: 1/tau, the share of an anchor's pull that "
+        "always 1. Over the last sixth of training: 1/tau, the share of an anchor's pull that "
         "goes to its own pair, and the share of steps whose gradient was clipped.\n",
         report.markdown_table(part, labels, report.metric_columns(_CHIEF), head="recipe"),
         report.markdown_table(part, labels, watched, head="recipe", digits=3, bold_best=False),
@@ -273,7 +266,7 @@ def _watched(part: Mapping[str, Any], head: str) -> list[str]:
     if not trained["rows"]:
         return []
     return [
-        "Over the last eighth of training: positives of an image and of a text (the own pair "
+        "Over the last sixth of training: positives of an image and of a text (the own pair "
         "counts), the share of an anchor's pull that goes to its own pair, 1/tau, and the share of "
         "steps whose gradient was clipped; in seconds, a run:\n",
         _table(

@@ -34,6 +34,7 @@ from trm_jax.train import workdirs  # noqa: E402
 from trm_jax.types import UserError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "claims_trm_ml.json"
+_KEYS = ("source", "known", "name", "recipe", "seed")
 
 _JOBS = flags.DEFINE_integer("jobs", 1, "Worker processes, each with one thread", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, .. of every row", lower_bound=1)
@@ -71,10 +72,7 @@ def main(arguments: list[str]) -> None:
     )
     stored = _results_file().get("records", {})
     records = {t.folder: harness.record_of(t, runs) or stored.get(t.folder, {}) for t in tasks}
-    only = selection.wanted(_ONLY.value, ("source", "known", "name", "recipe", "seed"))
-    chosen = [task for task in tasks if selection.matches(task, only)]
-    if not chosen:
-        raise UserError(f"--only={_ONLY.value}: no run matches")
+    chosen = selection.choose(tasks, _ONLY.value, _KEYS)
     if _DRY_RUN.value:
         for task in chosen:
             print("done" if records[task.folder] else "todo", task.folder)

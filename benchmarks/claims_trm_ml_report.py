@@ -152,14 +152,7 @@ def _place(row: Mapping[str, Any]) -> tuple:
 
 def write_pages(file: Mapping[str, Any], path: Path) -> None:
     """The Markdown page beside the results file, and one chart for each source."""
-    parts = [
-        "# Claims of TRM-ML, measured\n",
-        f"{file['date']}, {file['device']}, {file['cores']} cores; "
-        f"`{file['command']}`; {file['seconds'] / 3600:.1f} hours of runs.\n",
-    ]
-    if file.get("partial"):
-        left = ", ".join(f"{n} on {source}" for source, n in file["unfinished_runs"].items() if n)
-        parts.append(f"**Partial**: runs still to do: {left}.\n")
+    parts = harness.page_head("Claims of TRM-ML, measured", file)
     parts.append(
         "mAP in per cent after the last epoch, mean ± sample standard deviation over the seeds; a "
         "seed draws the parameters, the order of the images and the label mask. In brackets the "

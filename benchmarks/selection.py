@@ -35,6 +35,15 @@ def wanted(text: str, keys: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def choose(tasks: Sequence[harness.Task], text: str, keys: Sequence[str]) -> list[harness.Task]:
+    """The tasks that --only=`text` wants; raises UserError if there is none."""
+    accepted = wanted(text, keys)
+    chosen = [task for task in tasks if matches(task, accepted)]
+    if not chosen:
+        raise UserError(f"--only={text}: no run matches")
+    return chosen
+
+
 def matches(task: harness.Task, accepted: Mapping[str, Sequence[str]]) -> bool:
     """Whether one of the task's places in the results has every accepted value."""
     of_task = {"name": task.name, "seed": task.seed or 0}

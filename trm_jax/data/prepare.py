@@ -80,18 +80,13 @@ def prepare(
         "files": _file_hashes(source, [split.source for split in opened.values()]),
     }
     source_sha256 = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    if is_prepared(out):
-        metadata = read_metadata(out)
-        if metadata["source_sha256"] != source_sha256:
-            raise UserError(
-                f"{out} was prepared from another source (other images, labels, splits or "
-                "options); give another --out or delete it"
-            )
+    metadata = read_metadata(out) if is_prepared(out) else None
+    if metadata is not None:
+        check_same(out, metadata, source_sha256)
         for name in opened:
             Records(out, name)  # names a file that is missing or cut short
         return metadata, True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder; give another --out")
+    check_empty(out)
     with whole_folder(out, sum(sum(split.sizes) for split in opened.values())) as workspace:
         folder = build(workspace, opened, report)
         _refuse_bad(opened.values(), skip_bad)
@@ -176,6 +171,21 @@ def _file_hashes(root: Path, sources: Iterable[coco.CocoImages | voc.VocImages])
             digest = digests.setdefault(named.relative_to(root).as_posix(), hashlib.sha256())
             digest.update(path.read_bytes())
     return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def check_same(out: Path, metadata: Mapping[str, Any], source_sha256: str) -> None:
+    """Raises UserError if `out` was prepared from other data than that of the hash."""
+    if metadata["source_sha256"] != source_sha256:
+        raise UserError(
+            f"{out} was prepared from another source (other samples, labels, splits or options); "
+            "give another --out or delete it"
+        )
+
+
+def check_empty(out: Path) -> None:
+    """Raises UserError if `out` exists and is no empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; give another --out")
 
 
 @contextlib.contextmanager

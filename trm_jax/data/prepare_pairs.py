@@ -19,7 +19,7 @@ import cv2
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from trm_jax.data.feature_cache import data_hash
-from trm_jax.data.prepare import whole_folder
+from trm_jax.data.prepare import check_empty, check_same, whole_folder
 from trm_jax.data.prepare_records import Report
 from trm_jax.data.sources import open_source
 from trm_jax.data.sources.base import Source, decode_image
@@ -73,16 +73,11 @@ def prepare_pairs(
     source_sha256 = hashlib.sha256(text.encode()).hexdigest()
     if (out / METADATA).is_file():
         metadata = read_metadata(out)
-        if metadata["source_sha256"] != source_sha256:
-            raise UserError(
-                f"{out} was prepared from another source (other samples, splits or options); give "
-                "another --out or delete it"
-            )
+        check_same(out, metadata, source_sha256)
         for name in opened:
             PairRecords(out, name)  # names a file that is missing or cut short
         return metadata, True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder; give another --out")
+    check_empty(out)
     with whole_folder(out, sum(map(_num_bytes, opened.values()))) as workspace:
         folder = workspace / "pairs"
         folder.mkdir()
