@@ -396,6 +396,10 @@ def test_refusals():
         segmentation.label_map(not_finite, _CLASSES, image, _BASE)
     with pytest.raises(UserError, match="not uint8"):
         segmentation.label_map(_segment, _CLASSES, image.astype(np.float32), _BASE)
+    with pytest.raises(UserError, match="class embeddings are not finite.*learning_rate"):
+        segmentation.label_map(_segment, _CLASSES * np.nan, image, _BASE)
+    with pytest.raises(UserError, match=r"have the shape \[3\], not \[C, d\]"):
+        segmentation.label_map(_segment, np.ones(3), image, _BASE)
     with pytest.raises(UserError, match="6 class embeddings for the 7 classes"):
         segmentation.evaluate(_segment, _CLASSES[:6], _Images(), protocol=_BASE)
     source = _Images()

@@ -101,8 +101,13 @@ def affinities(
 def check(protocol: Protocol, classes: ArrayLike) -> np.ndarray:
     """`classes` as float32 [C, d]; UserError if they or the protocol cannot be used."""
     array = np.asarray(jax.device_get(classes), np.float32)
-    if array.ndim != 2 or not array.size or not np.isfinite(array).all():
-        raise UserError(f"class embeddings {list(array.shape)} must be finite and [C, d]")
+    if array.ndim != 2 or not array.size:
+        raise UserError(f"class embeddings have the shape {list(array.shape)}, not [C, d]")
+    if not np.isfinite(array).all():
+        raise UserError(
+            "class embeddings are not finite: the model's training has diverged; lower "
+            "optimizer.learning_rate"
+        )
     for name in ("short_side", "long_side", "window", "stride", "top_classes", "batch_size"):
         if getattr(protocol, name) < 1:
             raise UserError(f"segmentation: {name} is {getattr(protocol, name)}; at least 1")
