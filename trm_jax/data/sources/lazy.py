@@ -70,14 +70,7 @@ def captioned(source: Source) -> np.ndarray | range:
     A source whose captions lie on a disk has them as its attribute `captioned` ([n] integers or a
     range): no caption is read for it, so one may turn out to be empty. For others it is int32 [n].
     """
-    from trm_jax.data.sources.subset import Subset  # late: it imports what imports this
-
     known = getattr(source, "captioned", None)
     if known is not None:
         return known
-    if isinstance(source, Subset) and hasattr(source.source, "captioned"):
-        inside = captioned(source.source)
-        if isinstance(inside, range) and inside == range(len(source.source)):
-            return range(len(source))
-        return np.flatnonzero(np.isin(source.indices, np.asarray(inside))).astype(np.int32)
     return np.fromiter((i for i in range(len(source)) if source.captions(i)), np.int32)

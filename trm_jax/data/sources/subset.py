@@ -24,6 +24,13 @@ class Subset:
         self.class_names = source.class_names
         # Read late: some sources make their labels from all masks.
         self._labels: np.ndarray | None = None
+        inside = getattr(source, "captioned", None)  # see lazy.captioned
+        if inside is not None:
+            everywhere = isinstance(inside, range) and inside == range(len(source))
+            self.captioned: np.ndarray | range = range(len(self.indices))
+            if not everywhere:
+                known = np.isin(self.indices, np.asarray(inside))
+                self.captioned = np.flatnonzero(known).astype(np.int32)
         rows = getattr(source, "file_rows", None)
         if rows is not None:
             self.file_rows = np.asarray(rows)[self.indices]
