@@ -66,6 +66,8 @@ def _label_maps(model: predictor.Predictor, source: MaskedSource, chosen) -> Ite
     ):
         try:
             truth = source.semantic_mask(index)
+            if not model.protocol.has_background:
+                truth = np.where(truth == -1, -2, truth)  # not counted, as in the metrics
         except BadSampleError:
             truth = None
         yield functools.partial(render_segmentation, image, labels, names, truth=truth)

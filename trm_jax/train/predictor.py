@@ -67,6 +67,11 @@ class Predictor(NamedTuple):
                 dict(zip(self.class_names, maps, strict=True)),
             )
 
+    @property
+    def protocol(self) -> Protocol:
+        """The run's own, of segmentation."""
+        return Protocol(**self.config.evaluate.segmentation.to_dict())
+
     def segment(
         self, images: Iterable[np.ndarray], class_names: Sequence[str]
     ) -> Iterator[np.ndarray]:
@@ -77,7 +82,7 @@ class Predictor(NamedTuple):
         if "segments" not in self.method.predict:
             raise UserError(f"this run's method ({self.config.method}) cannot segment images")
         settings = self.config.evaluate
-        protocol = Protocol(**settings.segmentation.to_dict())
+        protocol = self.protocol
         embed_text = jax.jit(self.method.predict["embed_text"])
         segments = jax.jit(self.method.predict["segments"])
         classes = zero_shot.class_embeddings(
