@@ -12,7 +12,7 @@ from benchmarks import harness
 from configs import common, lit_flickr8k, simcon_flickr8k, simcon_glyphs
 from trm_jax.types import UserError
 
-SOURCES = ("glyphs", "flickr8k_features", "flickr8k_photos")
+SOURCES = ("glyphs", "glyphs_exchanged", "flickr8k_features", "flickr8k_photos")
 NOISE, NOISES = 0.3, (0.0, 0.3, 0.6)  # share of the training images whose captions are not theirs
 BATCH = int(simcon_glyphs.get_config().data.batch_size)
 BATCHES = (64, 128, 256, 512, 1024, 2048)
@@ -48,12 +48,12 @@ def tasks(
 ) -> list[harness.Task]:
     """All runs in the order in which they are worth having.
 
-    Seed by seed the ablation, the noise and the features; then the photos, the recipes and the
-    batch sizes.
+    Seed by seed the ablation, the noise and the features; then captions exchanged among scenes,
+    the photos, the recipes and the batch sizes.
 
     Args:
       seeds: 0, 1, .. of every row.
-      sweep_seeds: of the photos, the recipes and the batch sizes, no more than `seeds`.
+      sweep_seeds: of all after the features, no more than `seeds`.
       data: folder of flickr8k_precomp/ and flickr8k/; "" leaves these sources out.
       overrides: dotted config fields, set wherever a run has them, before a row's own.
       validation: measure on other glyph scenes, and on a tenth of Flickr8k's training images.
@@ -74,6 +74,7 @@ def tasks(
                 for name in (BASELINE, "SimCon")
             ]
     for seed in range(min(seeds, sweep_seeds)):
+        planned += [maker.exchanged(name, seed) for name in (BASELINE, "SimCon", FULL)]
         if data:
             planned += [
                 maker.flickr8k("photos", name, noise, seed)
@@ -94,6 +95,8 @@ def count_runs(source: str, seeds: int, sweep_seeds: int) -> int:
         return seeds * 2 * len(NOISES)
     if source == "flickr8k_photos":
         return min(seeds, sweep_seeds) * 2 * 2
+    if source == "glyphs_exchanged":
+        return min(seeds, sweep_seeds) * 3
     ablation = len(METHODS) + 2 * (len(NOISES) - 1)
     # One recipe and one batch size are the ablation's own.
     sweeps = len(RECIPES) - 1 + 2 * len(set(BATCHES) - {BATCH})
@@ -121,6 +124,12 @@ class _Maker:
     def glyphs(self, name: str, noise: float, seed: int) -> harness.Task:
         """A row of the ablation on glyph scenes."""
         return self._task(name, self._glyphs(name, noise, seed), "glyphs", noise)
+
+    def exchanged(self, name: str, seed: int) -> harness.Task:
+        """The most noise, but all of it other scenes' captions: none is generic or cut short."""
+        config = self._glyphs(name, 0.0, seed)
+        config.data.update({"caption_shuffle": max(NOISES), "label_seed": seed})
+        return self._task(name, config, "glyphs_exchanged", max(NOISES))
 
     def recipe(self, recipe: str, seed: int) -> harness.Task:
         """SimCon with the anchor's own similarity or without it, tau learned or not."""

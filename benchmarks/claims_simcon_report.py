@@ -124,9 +124,9 @@ def write_pages(file: Mapping[str, Any], path: Path) -> None:
         "captions are exchanged. Noise is the share of the training images whose captions are not "
         "theirs; test captions are right. +joint positives is all of MV-SimCon.\n"
     )
-    for section in (_ablation, _noise, _recipes, _batches):
+    for section in (_ablation, _noise, _exchanged, _recipes, _batches):
         parts += section(file, path)
-    for source in plan.SOURCES[1:]:
+    for source in (s for s in plan.SOURCES if s.startswith("flickr8k")):
         parts += _flickr8k(file, path, source)
     path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -154,6 +154,23 @@ def _ablation(file: Mapping[str, Any], path: Path) -> list[str]:
 def _noise(file: Mapping[str, Any], path: Path) -> list[str]:
     part = _plain(file, source="glyphs", batch=plan.BATCH)
     return _by(part, path, "noise", "Robustness to caption noise: glyph scenes\n")
+
+
+def _exchanged(file: Mapping[str, Any], path: Path) -> list[str]:
+    del path
+    part = _plain(file, source="glyphs_exchanged")
+    if not part["rows"]:
+        return []
+    head = f"{100 * max(plan.NOISES):g} % exchanged"
+    watched = ["positives_image", "positives_text", "own_weight"]
+    return [
+        "### All noise is other scenes' captions\n",
+        "Above, half of the noise is captions that fit many scenes: generic ones, and true ones "
+        "cut short. Here captions are exchanged among the same share of the scenes.\n",
+        _table(part, _CHIEF, head=head),
+        *_lead_table(part, _CHIEF, head),
+        _table(part, watched, head=head, digits=2, bold_best=False),
+    ]
 
 
 def _batches(file: Mapping[str, Any], path: Path) -> list[str]:
