@@ -101,7 +101,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = str(error)
+    # What a config file refuses; ml_collections tells it with a traceback.
+    text = re.sub(r"Error whilst parsing config file.*^ValueError: ", "", text, flags=re.S | re.M)
+    text = " ".join(text.split())
     missing = re.match(r"flag --(\w+)=None: .* must have a value", text)
     if missing:
         return f"--{missing[1]} is missing; --help lists the flags"

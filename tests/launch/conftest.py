@@ -28,7 +28,7 @@ class Result(NamedTuple):
         assert self.code == 2, self
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
-        assert "Traceback" not in self.out
+        assert "Traceback" not in self.out + self.err
         return lines[0]
 
 
