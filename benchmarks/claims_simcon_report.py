@@ -162,14 +162,15 @@ def _exchanged(file: Mapping[str, Any], path: Path) -> list[str]:
     if not part["rows"]:
         return []
     head = f"{100 * max(plan.NOISES):g} % exchanged"
-    watched = ["positives_image", "positives_text", "own_weight"]
+    watched = ("positives_image", "positives_text", "own_weight")
+    mined = any(row["metric"] in watched for row in part["rows"])
     return [
         "### All noise is other scenes' captions\n",
         "Above, half of the noise is captions that fit many scenes: generic ones, and true ones "
         "cut short. Here captions are exchanged among the same share of the scenes.\n",
         _table(part, _CHIEF, head=head),
         *_lead_table(part, _CHIEF, head),
-        _table(part, watched, head=head, digits=2, bold_best=False),
+        *([_table(part, watched, head=head, digits=2, bold_best=False)] if mined else []),
     ]
 
 
