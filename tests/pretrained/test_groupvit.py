@@ -179,6 +179,7 @@ def test_the_architecture_is_the_published_one_under_three_names():
         "output_groups": (64, 8, 0),
         "drop_path": 0.1,
         "activation": "gelu",
+        "initializer_range": 0.02,
         "image_size": 224,
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
@@ -241,10 +242,10 @@ def test_forms_that_do_not_exist_are_refused():
             convert.to_transformers(random_variables(config))
 
 
-def test_own_files_keep_batch_statistics_and_leave_the_drop_rate_to_the_reader(tmp_path):
+def test_own_files_keep_batch_statistics_and_leave_what_training_draws_to_the_reader(tmp_path):
     path, variables = tmp_path / "own.safetensors", random_variables(CONFIG)
     registry.save(path, variables, config=CONFIG, tokenizer={"kind": "clip"}, provenance={})
-    other = CONFIG | {"image": IMAGE | {"drop_path": 0.3}}
+    other = CONFIG | {"image": IMAGE | {"drop_path": 0.3, "initializer_range": 0.1}}
     jax.tree.map(np.testing.assert_array_equal, registry.load(path, other), variables)
     with pytest.raises(UserError, match=r"model\.clip\.projector_hidden \(12, not 0\)"):
         registry.load(path, CONFIG | {"projector_hidden": 0})

@@ -293,8 +293,9 @@ def _from_own(weights: files.Weights, config: dict[str, Any]) -> dict[str, PyTre
     # drops a branch are choices of the reader, not of the weights.
     chosen = {field: config[field] for field in ("dense_pos_embed", "attention")}
     stored = parse_metadata(weights.metadata, weights.path)["config"] | chosen
-    if "drop_path" in stored["image"] and "drop_path" in config["image"]:
-        stored["image"] = stored["image"] | {"drop_path": config["image"]["drop_path"]}
+    for field in ("drop_path", "initializer_range"):  # of training, not of the weights
+        if field in config["image"]:
+            stored["image"] = stored["image"] | {field: config["image"][field]}
     if differing := _differing(stored, config):
         raise UserError(f"{weights.path} was made for another model: it has {', '.join(differing)}")
     wanted = {
