@@ -166,7 +166,7 @@ def _later(file: Mapping[str, Any], path: Path) -> list[str]:
     if not _rows(file, source="glyphs_later"):
         return []
     labels[f"{plan.FULL}, after half"] = {"name": plan.FULL, "source": "glyphs_later"}
-    columns = report.metric_columns([*_CHIEF, "positives_image", "positives_text"])
+    columns = report.metric_columns(_CHIEF)
     table = report.markdown_table(file, labels, columns, head=f"{100 * noise:g} % noise")
     return [f"### Positives looked for after half of the run, not a quarter\n\n{table}"]
 

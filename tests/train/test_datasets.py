@@ -245,6 +245,10 @@ def test_parameters_that_start_from_an_exported_model(tmp_path):
     config.model.initial_params = ("predictor",)
     with pytest.raises(UserError, match="'predictor/.*' is missing or of another shape"):
         experiment.build(config, cache_dir=tmp_path)
+    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
+    config.model.initial_from = str(tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match="bad.safetensors"):
+        experiment.build(config, cache_dir=tmp_path)
     config.model.initial_from = "no.safetensors"
     with pytest.raises(UserError, match="model.initial_from=no.safetensors: there is no such file"):
         experiment.build(config, cache_dir=tmp_path)

@@ -68,9 +68,11 @@ def hard_assignment(
     return hard + (soft - jax.lax.stop_gradient(soft))  # the bracket is exactly zero
 
 
-def linear(features: int, dtype: Any, name: str, init_std: float) -> nn.Dense:
-    """A linear map with biases, which start as N(0, init_std^2) and zero."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.normal(init_std), name=name)
+def linear(features: int, dtype: Any, name: str, initializer_range: float) -> nn.Dense:
+    """A linear map with biases, which start as N(0, initializer_range^2) and zero."""
+    return nn.Dense(
+        features, dtype=dtype, kernel_init=nn.initializers.normal(initializer_range), name=name
+    )
 
 
 class Mlp(nn.Module):
@@ -81,14 +83,16 @@ class Mlp(nn.Module):
     activation: str
     dtype: Any = jnp.float32
     tokens: bool = False
-    init_std: float = INIT_STD
+    initializer_range: float = INIT_STD
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[n, N, c] -> [n, N, features], or with `tokens` [n, features, c]."""
         x = x.swapaxes(1, 2) if self.tokens else x
-        x = ACTIVATIONS[self.activation](linear(self.hidden, self.dtype, "fc1", self.init_std)(x))
-        x = linear(self.features, self.dtype, "fc2", self.init_std)(x)
+        x = ACTIVATIONS[self.activation](
+            linear(self.hidden, self.dtype, "fc1", self.initializer_range)(x)
+        )
+        x = linear(self.features, self.dtype, "fc2", self.initializer_range)(x)
         return x.swapaxes(1, 2) if self.tokens else x
 
 
@@ -99,23 +103,23 @@ class MultiHeadAttention(nn.Module):
     heads: int
     dtype: Any = jnp.float32
     kernel: str = "xla"
-    init_std: float = INIT_STD
+    initializer_range: float = INIT_STD
 
     @nn.compact
     def __call__(self, query: Float[AnyArray, "n q c"], tokens: Float[AnyArray, "n N c"]) -> Array:
         """[n, q, width]; `query` and `tokens` may be the same."""
         heads = (self.heads, self.width // self.heads)
-        q = linear(self.width, self.dtype, "q_proj", self.init_std)(query).reshape(
+        q = linear(self.width, self.dtype, "q_proj", self.initializer_range)(query).reshape(
             *query.shape[:2], *heads
         )
         k, v = (
-            linear(self.width, self.dtype, name, self.init_std)(tokens).reshape(
+            linear(self.width, self.dtype, name, self.initializer_range)(tokens).reshape(
                 *tokens.shape[:2], *heads
             )
             for name in ("k_proj", "v_proj")
         )
         out = attend(q, k, v, None, self.kernel).reshape(query.shape)
-        return linear(self.width, self.dtype, "out_proj", self.init_std)(out)
+        return linear(self.width, self.dtype, "out_proj", self.initializer_range)(out)
 
 
 class EncoderBlock(nn.Module):
@@ -125,7 +129,7 @@ class EncoderBlock(nn.Module):
       width, heads, activation: as in GroupViT; the MLP's hidden layer has 4 width.
       dtype: of the compute; parameters, LayerNorm and softmax are float32.
       kernel: of the attention, see transformer.attend.
-      init_std: see `linear`.
+      initializer_range: see `linear`.
     """
 
     width: int
@@ -133,14 +137,14 @@ class EncoderBlock(nn.Module):
     activation: str
     dtype: Any = jnp.float32
     kernel: str = "xla"
-    init_std: float = INIT_STD
+    initializer_range: float = INIT_STD
 
     @nn.compact
     def __call__(
         self, x: Float[AnyArray, "n N c"], factors: Float[AnyArray, "n 2"] | None = None
     ) -> Float[Array, "n N c"]:
         """`factors` multiply the branches of each example, see `branch_factors`."""
-        std = self.init_std
+        std = self.initializer_range
         attention = MultiHeadAttention(
             self.width, self.heads, self.dtype, self.kernel, std, name="attn"
         )
@@ -164,14 +168,14 @@ class CrossBlock(nn.Module):
     heads: int
     activation: str
     dtype: Any = jnp.float32
-    init_std: float = INIT_STD
+    initializer_range: float = INIT_STD
 
     @nn.compact
     def __call__(self, query: Array, tokens: Array) -> Float[Array, "n q c"]:
         """[n, q, width] in float32."""
-        std = self.init_std
+        std = self.initializer_range
         attention = MultiHeadAttention(
-            self.width, self.heads, self.dtype, init_std=std, name="attn"
+            self.width, self.heads, self.dtype, initializer_range=std, name="attn"
         )
         x = query + attention(query.astype(self.dtype), tokens)
         mlp = Mlp(4 * self.width, self.width, self.activation, self.dtype, False, std, name="mlp")
@@ -186,7 +190,7 @@ class Assignment(nn.Module):
 
     width: int
     dtype: Any = jnp.float32
-    init_std: float = INIT_STD
+    initializer_range: float = INIT_STD
 
     @nn.compact
     def __call__(
@@ -196,9 +200,9 @@ class Assignment(nn.Module):
         noise: Float[AnyArray, "n G N"] | None,
     ) -> tuple[Float[Array, "n G c"], Float[Array, "n G N"]]:
         """(what the groups gather, softmax of the logits over groups without noise, float32)."""
-        q = linear(self.width, self.dtype, "q_proj", self.init_std)(groups)
+        q = linear(self.width, self.dtype, "q_proj", self.initializer_range)(groups)
         k, v = (
-            linear(self.width, self.dtype, name, self.init_std)(tokens)
+            linear(self.width, self.dtype, name, self.initializer_range)(tokens)
             for name in ("k_proj", "v_proj")
         )
         logits = jnp.einsum("nGc,nNc->nGN", q, k, preferred_element_type=jnp.float32)
@@ -208,7 +212,9 @@ class Assignment(nn.Module):
             "nGN,nNc->nGc", hard.astype(self.dtype), v, preferred_element_type=jnp.float32
         )
         mean = total / (hard.sum(axis=-1, keepdims=True) + 1.0)
-        out = linear(self.width, self.dtype, "out_proj", self.init_std)(mean.astype(self.dtype))
+        out = linear(self.width, self.dtype, "out_proj", self.initializer_range)(
+            mean.astype(self.dtype)
+        )
         return out, jax.nn.softmax(logits, axis=-2)
 
 
@@ -219,7 +225,7 @@ class GroupingBlock(nn.Module):
       width, heads, activation: as in GroupViT.
       groups: how many come out.
       dtype: of the compute.
-      init_std: see `linear`.
+      initializer_range: see `linear`.
     """
 
     width: int
@@ -227,7 +233,7 @@ class GroupingBlock(nn.Module):
     groups: int
     activation: str
     dtype: Any = jnp.float32
-    init_std: float = INIT_STD
+    initializer_range: float = INIT_STD
 
     @nn.compact
     def __call__(
@@ -249,7 +255,7 @@ class GroupingBlock(nn.Module):
         """
         tokens = layer_norm("norm_tokens")(tokens).astype(self.dtype)
         x = layer_norm("norm_x")(x).astype(self.dtype)
-        kind, std = (self.activation, self.dtype), self.init_std
+        kind, std = (self.activation, self.dtype), self.initializer_range
         inter = Mlp(self.width // 2, self.groups, *kind, True, std, name="token_mlp")
         asking = layer_norm("norm_post")(inter(tokens))
         asking = CrossBlock(self.width, self.heads, *kind, std, name="cross")(asking, x)

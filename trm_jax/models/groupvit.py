@@ -64,7 +64,7 @@ class Stage(nn.Module):
       kernel: of the attention, see transformer.attend.
       remat: keep only the inputs of the blocks for the backward pass, and recompute the rest.
       scan: one loop over the blocks, which compiles faster; `remat` implies it.
-      init_std: of the linear maps and the group tokens at the start.
+      initializer_range: see GroupViT.
     """
 
     width: int
@@ -80,23 +80,27 @@ class Stage(nn.Module):
     kernel: str = "xla"
     remat: bool = False
     scan: bool = False
-    init_std: float = INIT_STD
+    initializer_range: float = INIT_STD
 
     def setup(self):
         if self.tokens:
             # What is projected from the stage before says where to start.
-            init = nn.initializers.zeros if self.previous else nn.initializers.normal(self.init_std)
+            init = (
+                nn.initializers.zeros
+                if self.previous
+                else nn.initializers.normal(self.initializer_range)
+            )
             self.group_token = self.param("group_token", init, (self.tokens, self.width))
             grouping: Any = nn.remat(GroupingBlock) if self.remat else GroupingBlock
             kind = (self.activation, self.dtype)
             self.grouping = grouping(
-                self.width, self.heads, self.groups, *kind, self.init_std, name="grouping"
+                self.width, self.heads, self.groups, *kind, self.initializer_range, name="grouping"
             )
         if self.tokens and self.previous:
             self.projector_norm = layer_norm("projector_norm")
             kind = (self.activation, self.dtype)
             self.projector_mlp = Mlp(
-                self.width // 2, self.tokens, *kind, True, self.init_std, name="projector"
+                self.width // 2, self.tokens, *kind, True, self.initializer_range, name="projector"
             )
         self.blocks = [
             EncoderBlock(
@@ -105,7 +109,7 @@ class Stage(nn.Module):
                 self.activation,
                 self.dtype,
                 self.kernel,
-                self.init_std,
+                self.initializer_range,
                 name=f"blocks_{i}",
             )
             for i in range(len(self.rates))
@@ -183,8 +187,8 @@ class GroupViT(nn.Module):
       depths: blocks of each stage.
       group_tokens, output_groups: of each stage; 0 in the last, which groups nothing.
       drop_path: rate of stochastic depth of the last block; it grows linearly from 0.
-      initializer_range: standard deviation of the linear maps at the start. 0.02, the public
-        model's, is for its width of 384: a width of 64 hardly starts to learn with it.
+      initializer_range: standard deviation of linear maps and group tokens at the start. 0.02, the
+        public model's, is for its width of 384: a width of 64 hardly starts to learn with it.
       dtype: of the compute; parameters, LayerNorm, softmax and assignments are float32.
       attention: "xla" or "cudnn" for the blocks, see transformer.attend.
       remat, scan: see Stage.

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from safetensors.numpy import load_file
 
 from trm_jax.data import partial_labels, pipeline, tokenizers
 from trm_jax.data.examples import CaptionExamples, Examples, MultiLabelExamples
@@ -21,7 +20,7 @@ from trm_jax.data.sources.base import Source
 from trm_jax.evaluate.segmentation_windows import Protocol
 from trm_jax.methods import MAKERS, dualcoop, frozen_clip, simcon, trm_ml
 from trm_jax.models.clip.config import validate
-from trm_jax.pretrained import registry
+from trm_jax.pretrained import files, registry
 from trm_jax.train import datasets, optimizers, paths
 from trm_jax.train.evaluation import make_evaluator
 from trm_jax.train.loop import Job
@@ -226,7 +225,7 @@ def _warm_start(
     path = initial.path
     if path is None:
         return params
-    given = load_file(path)
+    given = files.read(path).tensors
     flat = paths.flatten(params)
     hits = paths.matches(params, patterns, field="model.initial_params")
     for name in (n for n, hit in hits.items() if hit):
@@ -234,7 +233,7 @@ def _warm_start(
         value = given.get(name, given.get(name.removeprefix("clip/")))
         if value is None or value.shape != flat[name].shape:
             raise UserError(f"model.initial_from={path}: '{name}' is missing or of another shape")
-        flat[name] = jnp.asarray(value, flat[name].dtype)
+        flat[name] = jnp.asarray(np.asarray(value), flat[name].dtype)
     words = registry.tokenizer_config(initial)
     if hits.get(_TOKEN_EMBEDDING) and words not in (None, tokenizer.to_config()):
         raise UserError(

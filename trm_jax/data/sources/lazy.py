@@ -1,5 +1,6 @@
 """What sources of many millions of examples need: ids made when asked for, captions not counted."""
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import overload
 
@@ -31,7 +32,7 @@ class LazyIds(Sequence[str]):
         return self._name_of(places)
 
 
-class JoinedPairs:
+class JoinedPairs(abc.ABC):
     """Image-text pairs that lie in several files or parts, one after the other; has no classes.
 
     A subclass sets `_starts` [parts + 1], where each part begins, and has `_id(index)`.
@@ -53,8 +54,8 @@ class JoinedPairs:
         """int8 [N, 0]."""
         return np.zeros((len(self), 0), np.int8)
 
-    def _id(self, index: int) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _id(self, index: int) -> str: ...
 
     def _place(self, index: int) -> tuple[int, int]:
         """(part, row of the part)."""
