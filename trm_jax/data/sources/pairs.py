@@ -106,7 +106,8 @@ class PairRecords(JoinedPairs):
         return {**self.__dict__, "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = {**state, "_last": _Last()}
+        for name, value in {**state, "_last": _Last()}.items():
+            setattr(self, name, value)
 
     def record(self, index: int) -> bytes:
         """One record as it lies in its file. Raises BadSampleError if it is damaged."""
