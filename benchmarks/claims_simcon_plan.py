@@ -12,7 +12,6 @@ from benchmarks import harness
 from configs import common, lit_flickr8k, simcon_flickr8k, simcon_glyphs
 from trm_jax.types import UserError
 
-SOURCES = ("glyphs", "glyphs_exchanged", "glyphs_later", "flickr8k_features", "flickr8k_photos")
 NOISE, NOISES = 0.3, (0.0, 0.3, 0.6)  # share of the training images whose captions are not theirs
 BATCH = int(simcon_glyphs.get_config().data.batch_size)
 BATCHES = (64, 128, 256, 512, 1024, 2048)
@@ -32,7 +31,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     for tau in ("learnable", "fixed")
     for own in ("exclude", "include")
 }
-LATER = (1 / 2, 2 / 3, 5 / 6)  # of a run, for common.SHORT_RUN's thresholds
+# All of MV-SimCon at the most noise, with one thing changed: source -> (its name, what changes).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "glyphs_later": ("positives after half", {"loss.changes": (1 / 2, 2 / 3, 5 / 6)}),
+    "glyphs_without_ncs": ("without NCS", {"loss.ncs_weight": 0.0}),
+}
+SOURCES = ("glyphs", "glyphs_exchanged", *VARIANTS, "flickr8k_features", "flickr8k_photos")
 # At other batches than the config's, so that the noise of a step's gradient changes less.
 _RATE_POWER = 0.5
 # Scenes of other seeds than the ones that are tested on are new images.
@@ -68,7 +72,7 @@ def tasks(
         planned += [maker.glyphs(name, NOISE, seed) for name in METHODS]
         for noise in (n for n in NOISES if n != NOISE):
             planned += [maker.glyphs(name, noise, seed) for name in (BASELINE, FULL)]
-        planned.append(maker.later(seed))
+        planned += [maker.variant(source, seed) for source in VARIANTS]
         if data:
             planned += [
                 maker.flickr8k("features", name, noise, seed)
@@ -97,7 +101,7 @@ def count_runs(source: str, seeds: int, sweep_seeds: int) -> int:
         return seeds * 2 * len(NOISES)
     if source == "flickr8k_photos":
         return min(seeds, sweep_seeds) * 2 * 2
-    if source == "glyphs_later":
+    if source in VARIANTS:
         return seeds
     if source == "glyphs_exchanged":
         return min(seeds, sweep_seeds) * 3
@@ -129,11 +133,11 @@ class _Maker:
         """A row of the ablation on glyph scenes."""
         return self._task(name, self._glyphs(name, noise, seed), "glyphs", noise)
 
-    def later(self, seed: int) -> harness.Task:
-        """The most noise, and positives are looked for after half of the run."""
+    def variant(self, source: str, seed: int) -> harness.Task:
+        """One of VARIANTS."""
         config = self._glyphs(FULL, max(NOISES), seed)
-        config.loss.changes = LATER
-        return self._task(FULL, config, "glyphs_later", max(NOISES))
+        _switch(config, source, VARIANTS[source][1])
+        return self._task(FULL, config, source, max(NOISES))
 
     def exchanged(self, name: str, seed: int) -> harness.Task:
         """The most noise, but all of it other scenes' captions: none is generic or cut short."""
