@@ -65,7 +65,11 @@ _LATER_FIELDS = {
     "data.test_root": "",
     "data.caption_shuffle": 0.0,
     "data.test_augment": "none",
+    "data.length_buckets": [],
     "optimizer.end_rate": 0.0,
+    "optimizer.drop_epochs": [],
+    "optimizer.factors": [],
+    "evaluate.folds": 1,
 }
 
 

@@ -159,7 +159,7 @@ def _ours(setting: Setting, wanted: tuple[str, ...]):
     from trm_jax.data.tokenizers import ClipTokenizer
     from trm_jax.methods import frozen_clip
     from trm_jax.pretrained import registry
-    from trm_jax.train import datasets, experiment
+    from trm_jax.train import architecture, datasets, experiment
     from trm_jax.types import DataInfo
 
     config = coco.get_config("0.1")
@@ -167,7 +167,7 @@ def _ours(setting: Setting, wanted: tuple[str, ...]):
     clip = registry.architecture(setting.arch)
     inputs, grid = datasets.image_spec(clip, setting.image_size)
     info = DataInfo(class_names=setting.class_names, steps_per_epoch=641, total_steps=25640)
-    tokenizer, dtype = ClipTokenizer(), experiment.compute_dtype("auto")
+    tokenizer, dtype = ClipTokenizer(), architecture.compute_dtype("auto")
     pretrained = registry.load(setting.weights, clip)
     batch = jax.device_put(_batch(setting))
     shared = frozen_clip.make(info, tokenizer, clip, inputs, grid, frozen_clip.Prompts(), dtype)

@@ -10,7 +10,7 @@ def base() -> ConfigDict:
     """Every field a run may have, with the defaults of the paper's recipe where it has one."""
     return ConfigDict({
         "seed": 0,
-        "method": "trm_ml",  # trm_ml, dualcoop, contrastive, simcon
+        "method": "trm_ml",  # trm_ml, dualcoop, contrastive, simcon, napreg
         "model": {
             # A file of weights, a hub repository owner/name@revision, an architecture's name
             # (OpenAI's weights), "glyphs" or "random"
@@ -18,6 +18,7 @@ def base() -> ConfigDict:
             "tokenizer": "clip",  # or "words"; a pretrained file may carry its own
             "architecture": "",  # of OpenAI's CLIP, such as "RN101" ...
             "clip": {},  # ... and what differs from it, or all fields of the towers
+            "matching": {},  # or a model that scores regions against words (common_napreg.py)
             "options": {},  # keyword arguments of methods/<method>.make
             "initial_from": "",  # an exported model to start from ...
             "initial_params": (),  # ... for the parameters that match these regexes
@@ -28,6 +29,7 @@ def base() -> ConfigDict:
             "options": {},  # keyword arguments of the source
             "image_size": 224,
             "text_length": 32,
+            "length_buckets": (),  # lengths of a batch's texts, where every caption is an example
             "batch_size": 128,
             "train_size": 0,  # 0: all; glyph scenes are endless and need a number
             "test_size": 0,
@@ -48,6 +50,7 @@ def base() -> ConfigDict:
             "max_bad_fraction": 0.01,
         },
         "prompts": {},
+        "nouns": {},
         "loss": {},
         "memory": {},
         "optimizer": {
@@ -57,6 +60,8 @@ def base() -> ConfigDict:
             "warmup_epochs": 0.0,
             "warmup_rate": 0.0,
             "end_rate": 0.0,  # of the schedule "cosine"
+            "drop_epochs": (),  # of the schedule "step"
+            "factors": (),  # (regex of parameters, factor of their learning rate)
             "weight_decay": 1e-4,
             "b2": 0.999,
             "decay": (".",),
@@ -80,6 +85,7 @@ def base() -> ConfigDict:
             "kinds": ("multilabel",),
             "batch_size": 64,
             "pool": "global",
+            "folds": 1,  # of retrieval: 5 is COCO-1K of 5,000 images
             "templates": ("a photo of a {}.",),
             "pictures": 8,  # images whose maps are left in WORKDIR/pictures at the end
             "segmentation": {},  # the protocol, see segmentation()

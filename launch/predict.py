@@ -3,8 +3,10 @@
 python launch/predict.py --workdir=runs/demo --images photo.jpg folder/ --out=predictions
 
 Multi-label runs give every class a probability and show where they looked. Two-tower runs rank the
-images for each --query, and segment them into --classes, whichever names you give. Runs on
-precomputed features read them from --features=FILE.npz.
+images for each --query, and segment them into --classes, whichever names you give. Runs that score
+pairs rank the images for each of --captions=FILE (lines "caption" or "image<TAB>caption") and the
+captions for each image, beside another run's with --compare=WORKDIR, and show where words look.
+Runs on precomputed features read them from --features=FILE.npz, or FILE_ims.npy with FILE_ids.txt.
 """
 
 import json
@@ -17,7 +19,7 @@ from absl import flags
 
 from trm_jax.data.sources.base import read_image
 from trm_jax.data.tokenizers import names_with_unknown_words
-from trm_jax.train import predictor
+from trm_jax.train import matches, predictor
 from trm_jax.types import BadSampleError, UserError
 from trm_jax.visualize.ranking import render_ranking
 from trm_jax.visualize.regions import render_heatmaps
@@ -28,7 +30,11 @@ _IMAGES = flags.DEFINE_multi_string("images", None, "An image file or a folder",
 _OUT = flags.DEFINE_string("out", None, "Folder for the predictions", required=True)
 _QUERY = flags.DEFINE_multi_string("query", [], "A text to rank the images for (two towers)")
 _CLASSES = flags.DEFINE_list("classes", [], "Class names to segment images into (two towers)")
-_FEATURES = flags.DEFINE_string("features", "", "npz with image_ids and features, FILE[:KEY]")
+_CAPTIONS = flags.DEFINE_string("captions", "", "Text file with captions (runs that score pairs)")
+_COMPARE = flags.DEFINE_multi_string("compare", [], "Folder of a run to show beside this one")
+_FEATURES = flags.DEFINE_string(
+    "features", "", "npz with image_ids and features, FILE[:KEY], or NAME_ims.npy"
+)
 _TOP = flags.DEFINE_integer("top", 5, "Heat maps or ranked images per picture", lower_bound=1)
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -55,6 +61,11 @@ def main(arguments: list[str]) -> None:
         raise UserError("this run reads precomputed features; give them with --features=FILE.npz")
     batches = list(_batches(model, images, stacked))
     out.mkdir(parents=True, exist_ok=True)
+    if "pair_scores" in model.method.predict:
+        _finish(_match(model, images, stacked, out), out)
+        return
+    if _CAPTIONS.value or _COMPARE.value:
+        raise UserError("--captions and --compare are for runs that score pairs")
     two_towers = "embed_text" in model.method.predict
     if two_towers != bool(_QUERY.value or _CLASSES.value):
         raise UserError(
@@ -69,9 +80,33 @@ def main(arguments: list[str]) -> None:
         lines += _rank(model, images, batches, out)
     if _CLASSES.value:
         lines += _segment(model, images, out)
+    _finish(lines, out)
+
+
+def _finish(lines: list[dict], out: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (out / "predictions.jsonl").write_text(text)
     print(f"{len(lines)} predictions in {out / 'predictions.jsonl'}")
+
+
+def _match(model, images, stacked, out: Path) -> list[dict]:
+    """Rankings of images and captions, side by side with those of other runs."""
+    if _QUERY.value or _CLASSES.value or not _CAPTIONS.value:
+        raise UserError("this run scores pairs: give its captions with --captions=FILE")
+    captions, files = matches.read_captions(_CAPTIONS.value), list(images)
+    scores = {Path(_WORKDIR.value).name: model.match(stacked, captions.texts)}
+    for folder in _COMPARE.value:
+        other = predictor.load(folder, stacked)
+        scores[Path(folder).name] = other.match(stacked, captions.texts)
+    matches.draw(scores, images, captions, out, top=_TOP.value)
+    own = {file.stem: row for row, file in enumerate(files)}
+    pairs = [(own[owner], k) for k, owner in enumerate(captions.owners) if owner in own][:4]
+    if pairs and "attention" in model.method.predict:
+        rows, numbers = (list(part) for part in zip(*pairs, strict=True))
+        chosen = [captions.texts[k] for k in numbers]
+        pictures = [images[files[row]] for row in rows]
+        matches.draw_attention(model, stacked[rows], pictures, chosen, out, top=_TOP.value)
+    return matches.rankings(scores[Path(_WORKDIR.value).name], files, captions)
 
 
 def _score(model, images, batches, out: Path) -> list[dict]:
@@ -167,6 +202,8 @@ def _read_features(value: str) -> dict[str, np.ndarray]:
     path, _, key = value.partition(":")
     if not Path(path).is_file():
         raise UserError(f"--features: there is no file {path}")
+    if path.endswith("_ims.npy"):
+        return _read_precomputed(path)
     with np.load(path) as arrays:
         keys = [name for name in arrays.files if name != "image_ids"]
         key = key or keys[-1]
@@ -175,6 +212,17 @@ def _read_features(value: str) -> dict[str, np.ndarray]:
         grid = arrays[key]
         flat = grid.reshape(len(grid), -1, grid.shape[-1])
         return dict(zip(map(str, arrays["image_ids"]), flat, strict=True))
+
+
+def _read_precomputed(path: str) -> dict[str, np.ndarray]:
+    """NAME_ims.npy [n, r, D] with NAME_ids.txt, one image a line."""
+    ids = Path(path.removesuffix("_ims.npy") + "_ids.txt")
+    if not ids.is_file():
+        raise UserError(f"--features: {path} needs {ids} beside it, the names of its images")
+    names, rows = ids.read_text(encoding="utf-8").split(), np.load(path, mmap_mode="r")
+    if len(names) != len(rows):
+        raise UserError(f"--features: {ids} names {len(names)} images, {path} has {len(rows)}")
+    return {_image_id(Path(name)): row for name, row in zip(names, rows, strict=True)}
 
 
 if __name__ == "__main__":

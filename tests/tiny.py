@@ -26,13 +26,26 @@ def shrink_clip(clip: ConfigDict) -> None:
     clip.text.update({"width": 8, "heads": 1, "layers": 1, "vocab_size": 0, "eos_id": 0})
 
 
+def _shrink_matching(config: ConfigDict) -> None:
+    """Nine regions of width 96, words and joint space of width 8, one text length."""
+    matching = config.model.matching
+    matching.update({"embed_dim": 8, "image": {"width": 96, "regions": 9}})
+    matching.text.update({"embedding": 8, "min_count": 1})
+    if matching.kind == "sgraf":
+        matching.scorer.update({"sim_dim": 8, "steps": 2})
+    config.model.options.block = 4
+
+
 def shrink(config: ConfigDict) -> ConfigDict:
     """Any config on 32 tiny samples with random towers, 4 steps an epoch, 3 epochs."""
     if config.model.architecture:
         grouping = config.model.architecture == "groupvit"
         config.model.clip = common.groupvit_glyphs(32) if grouping else common.clip_glyphs()
         config.model.architecture = ""
-    shrink_clip(config.model.clip)
+    if config.model.matching:
+        _shrink_matching(config)
+    else:
+        shrink_clip(config.model.clip)
     config.model.update({"pretrained": "random", "initial_from": "", "initial_params": ()})
     config.model.tokenizer = "words"
     config.data.update(
@@ -43,9 +56,11 @@ def shrink(config: ConfigDict) -> ConfigDict:
             "test_size": 16,
             "workers": 0,
             "text_length": 16,
+            "length_buckets": (16,) if config.data.length_buckets else (),
         }
     )
-    config.evaluate.update({"batch_size": 16, "pictures": 0})
+    folds = 4 if config.evaluate.folds > 1 else 1
+    config.evaluate.update({"batch_size": 16, "pictures": 0, "folds": folds})
     if config.evaluate.segmentation:
         config.evaluate.segmentation.update({"short_side": 32, "window": 32, "stride": 16})
         config.evaluate.segmentation.batch_size = 16

@@ -78,6 +78,7 @@ class DataInfo(NamedTuple):
     steps_per_epoch: int = 1
     total_steps: int = 1
     single_positive: bool = False  # the label protocol knows no negatives
+    num_proxies: int = 0  # nouns of the captions that have a proxy
 
 
 class Method(NamedTuple):

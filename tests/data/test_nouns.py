@@ -1,11 +1,8 @@
 """Nouns of captions and their prompts: hand-worked captions, the draws, a tiny training."""
 
 import collections
-import io
-import json
 import math
 import pickle
-import zipfile
 
 import nltk
 import numpy as np
@@ -13,7 +10,8 @@ import pytest
 
 from configs import simcon_glyphs
 from tests import tiny
-from trm_jax.data import nouns
+from tests.data.taggers import JSON, TABLES, TAGS, write_json, write_pickle
+from trm_jax.data import nouns, tagger
 from trm_jax.data.sources import glyph_captions
 from trm_jax.data.sources.glyphs import GlyphScenes
 from trm_jax.data.tokenizers import ClipTokenizer, WordTokenizer
@@ -50,7 +48,7 @@ def data_path(tmp_path, monkeypatch):
 
     def forget():
         nouns.nouns.cache_clear()
-        nouns._read_backend.cache_clear()
+        tagger._open.cache_clear()
 
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     forget()
@@ -58,44 +56,55 @@ def data_path(tmp_path, monkeypatch):
     forget()
 
 
-def _install(root, weights, tagdict, classes):
-    """Writes a tagger in the form that `nltk.downloader` unpacks."""
-    name = "averaged_perceptron_tagger_eng"
-    folder = root / "taggers" / name
-    folder.mkdir(parents=True)
-    for part, value in (("weights", weights), ("tagdict", tagdict), ("classes", sorted(classes))):
-        (folder / f"{name}.{part}.json").write_text(json.dumps(value))
-
-
 def _prompts(count, tokenizer=None):
     return nouns.NounPrompts(count, _Named(), tokenizer or ClipTokenizer())
 
 
 def test_nouns_are_what_is_tagged_so(data_path):
-    tags = {"dog": "NN", "DOG": "NN", "kids": "NNS", "Paris": "NNP", "Alps": "NNPS", "A": "NNP"}
-    tags |= {"runs": "VBZ", "red": "JJ", "%": "NN", "//x.y/z": "NN", "U.S.": "NNP", ".": "."}
-    # A word that is not listed gets the last tag of the alphabet, here no noun's.
-    _install(data_path, {}, tags, {"NN", "VBZ"})
+    tags = TAGS | {"%": "NN", "//x.y/z": "NN", "U.S.": "NNP", "x": "NN"}
+    write_json(data_path / "taggers" / JSON, ({}, tags, {"NN", "VBZ"}))
     assert nouns.nouns("A red dog runs, kids in Paris and the Alps") == (
         "dog", "kids", "paris", "alps",
     )  # fmt: skip
     assert nouns.nouns("A dog. Kids runs. a DOG by kids. ") == ("dog", "kids")
-    assert nouns.nouns("dog of the U.S. of 20 % //x.y/z") == ("dog", "u.s.")
+    assert nouns.nouns("dog of the U.S. of 20 % //x.y/z x") == ("dog", "u.s.")
     assert nouns.nouns("it runs") == () and nouns.nouns("") == ()
 
 
-@pytest.mark.realdata
-def test_the_published_tagger_on_hand_worked_captions(data_path, data_root):
-    class Reader(pickle.Unpickler):
-        def find_class(self, module, name):
-            assert module in ("__builtin__", "builtins") and name == "set"
-            return set
+def test_spans_of_nouns_and_their_singulars(tmp_path):
+    place = write_pickle(tmp_path / "tagger.pickle")
+    caption = 'The "dogs" of Paris. A DOG in boxes, dogs by a t-shirt'
+    spans = nouns.noun_spans(caption, tagger=place)
+    assert spans == (
+        (5, 9, "dog"), (14, 19, "paris"), (23, 26, "dog"), (30, 35, "box"), (37, 41, "dog"),
+        (47, 54, "t-shirt"),
+    )  # fmt: skip
+    plain = nouns.noun_spans(caption, tagger=place, lemmatise="off")
+    assert [noun for *_, noun in plain] == ["dogs", "paris", "dog", "boxes", "dogs", "t-shirt"]
+    assert [span[:2] for span in plain] == [span[:2] for span in spans]
+    # What is tagged as a singular stays: "box" has no singular, nor is "DOG" tagged as a plural.
+    tables = (TABLES[0], TAGS | {"dogs": "NN"}, TABLES[2])
+    place = write_pickle(tmp_path / "other.pickle", tables)
+    assert nouns.noun_spans("dogs", tagger=place) == ((0, 4, "dogs"),)
+    with pytest.raises(UserError, match="nouns.lemmatise is 'all'; it is one of plurals, off"):
+        nouns.noun_spans(caption, tagger=place, lemmatise="all")
 
-    # The older form of the data: a pickle of the same three tables.
-    name = "averaged_perceptron_tagger"
-    with zipfile.ZipFile(data_root / "nltk_data" / "taggers" / f"{name}.zip") as archive:
-        tables = Reader(io.BytesIO(archive.read(f"{name}/{name}.pickle"))).load()
-    _install(data_path, *tables)
+
+def test_singulars():
+    singulars = {
+        "men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot",
+        "teeth": "tooth", "geese": "goose", "leaves": "leaf", "shelves": "shelf", "dishes": "dish",
+        "dresses": "dress", "boxes": "box", "prizes": "prize", "skies": "sky", "skis": "ski",
+        "cookies": "cookie", "canoes": "canoe", "heroes": "hero", "buses": "bus", "waves": "wave",
+        "hula-hoops": "hula-hoop", "snowmen": "snowman", "clothes": "clothes", "sheep": "sheep",
+        "grass": "grass", "dog": "dog",
+    }  # fmt: skip
+    assert {word: nouns.singular(word) for word in singulars} == singulars
+
+
+@pytest.mark.realdata
+def test_the_published_tagger_on_hand_worked_captions(monkeypatch, data_path, data_root):
+    monkeypatch.setattr(nltk.data, "path", [str(data_root / "nltk_data")])
     for caption, expected in {
         "A man is riding a horse on the beach.": "man horse beach",
         "Two dogs run through the grass": "dogs grass",
@@ -121,7 +130,7 @@ def test_missing_or_broken_tagger_data_is_one_line_with_the_remedy(data_path):
                 use()
             assert remedy in str(error.value) and "\n" not in str(error.value)
         if problem == "is not on this machine":
-            _install(data_path, {}, {}, {"NN"})
+            write_json(data_path / "taggers" / JSON)
             (weights,) = data_path.rglob("*.weights.json")
             weights.write_text("{")
 

@@ -32,7 +32,7 @@ CASES = {
         "none",
     ),
     "optimizer": (["--config.optimizer.name=adam"], "optimizer.name: 'adam'", "adamw"),
-    "schedule": (["--config.optimizer.schedule=step"], "optimizer.schedule: 'step'", "one_cycle"),
+    "schedule": (["--config.optimizer.schedule=line"], "optimizer.schedule: 'line'", "one_cycle"),
     "freeze pattern": (["--config.optimizer.freeze=('^clp/',)"], "optimizer.freeze: '^clp/'", ""),
     "bad pattern": (["--config.optimizer.decay=('(',)"], "optimizer.decay: '('", "regular"),
     "microbatch": (["--config.train.microbatch=4"], "train.microbatch", "train.microbatch=0"),

@@ -44,6 +44,15 @@ def test_cosine_and_constant():
         _schedule("linear")
 
 
+def test_steps_drop_to_a_tenth_at_the_first_step_of_their_epoch():
+    schedule = _schedule("step", drop_steps=(30, 60))
+    rates = [float(schedule(step)) for step in (0, 29, 30, 59, 60, 999)]
+    np.testing.assert_allclose(rates, [5e-4, 5e-4, 5e-5, 5e-5, 5e-6, 5e-6], rtol=1e-5)
+    for steps in ((60, 30), (0, 5), (7, 7), ()):
+        with pytest.raises(UserError, match="needs optimizer.drop_epochs, ascending"):
+            _schedule("step", drop_steps=steps)
+
+
 PARAMS = {"a": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}}
 GRADS = {"a": {"kernel": jnp.array([0.3, -4.0]), "bias": jnp.array([2.0])}}
 
@@ -101,3 +110,11 @@ def test_unknown_optimizers_and_patterns_are_named():
         optimizers.make_optimizer(
             "sgd", optax.constant_schedule(1.0), PARAMS, **settings | {"decay": ("scale$",)}
         )
+
+
+def test_factors_scale_the_steps_of_the_parameters_they_match():
+    plain, scaled = _two_updates("adamw"), _two_updates("adamw", factors=(("bias$", 10.0),))
+    np.testing.assert_array_equal(scaled["kernel"], plain["kernel"])
+    np.testing.assert_allclose(scaled["bias"] - 0.5, 10 * (plain["bias"] - 0.5), rtol=1e-5)
+    with pytest.raises(UserError, match="optimizer.factors: 'proxies' matches no parameter"):
+        _two_updates("adamw", factors=(("proxies", 10.0),))

@@ -1,19 +1,21 @@
-"""The nouns of a caption, set into prompts: the extra texts of GroupViT's multi-label loss.
+"""The nouns of captions, and prompts of them.
 
-Source: Xu et al., "GroupViT: Semantic segmentation emerges from text supervision", Sec. 3.3: of
-each caption some nouns are drawn, and each is set into a prompt that is drawn from CLIP's. A source
-that knows the nouns of its captions says so with `noun_words()`; for all others NLTK's tagger finds
-them.
+`noun_spans` finds the nouns that NAPReg (Khanna et al., WACV 2023) makes proxies of, with their
+places. `NounPrompts` are the extra texts of GroupViT's multi-label loss. Source: Xu et al.,
+"GroupViT: Semantic segmentation emerges from text supervision", Sec. 3.3: of each caption some
+nouns are drawn, and each is set into a prompt that is drawn from CLIP's. A source that knows the
+nouns of its captions says so with `noun_words()`; for all others NLTK's tagger finds them.
 """
 
 import functools
-import re
 import threading
 from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 
 from trm_jax.data.sources.base import Source
+from trm_jax.data.tagger import open_tagger
 from trm_jax.data.tokenizers import Tokenizer, names_with_unknown_words, split_words
 from trm_jax.types import UserError
 
@@ -34,27 +36,67 @@ TEMPLATES = (
     "itap of the {}.",
 )
 
-_DATA = "averaged_perceptron_tagger_eng"
-_TAGS = frozenset({"NN", "NNS", "NNP", "NNPS"})
-_FULL_STOP = re.compile(r"(?<=\w\w)\.(?=\s)")
+LEMMATISE = ("plurals", "off")
+
+_TAGS = {"NN": False, "NNP": False, "NNS": True, "NNPS": True}  # whether a noun is a plural
 _LOADING = threading.Lock()
+
+
+def noun_spans(
+    caption: str, *, tagger: str | Path = "", lemmatise: str = "plurals"
+) -> tuple[tuple[int, int, str], ...]:
+    """(start, end, noun) of each noun of an English caption, in their order.
+
+    A noun is a token that the averaged perceptron tags NN, NNS, NNP or NNPS in the caption as it
+    is written; one that starts with no letter or has one letter alone is left out.
+    caption[start:end] is the token. The noun is the token in lower case, in the singular where
+    `lemmatise` says so.
+
+    Args:
+      caption: the text. tagger: see `open_tagger`.
+      lemmatise: "plurals" makes what is tagged NNS or NNPS singular; "off" leaves all as it is.
+
+    Raises:
+      UserError: the tagger's data is not there or cannot be used, or `lemmatise` is unknown.
+    """
+    if lemmatise not in LEMMATISE:
+        raise UserError(f"nouns.lemmatise is '{lemmatise}'; it is one of {', '.join(LEMMATISE)}")
+    found = []
+    for start, end, tag in open_tagger(tagger)(caption):
+        if tag in _TAGS and end - start > 1 and caption[start].isalpha():
+            noun = caption[start:end].lower()
+            plural = lemmatise == "plurals" and _TAGS[tag]
+            found.append((start, end, singular(noun) if plural else noun))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=2**14)
+def singular(plural: str) -> str:
+    """The singular of a plural noun in lower case; a word that is none stays as it is."""
+    with _LOADING:
+        engine = _inflections()
+    return str(engine.singular_noun(plural) or plural)
+
+
+@functools.lru_cache(maxsize=1)
+def _inflections():
+    import inflect  # late: a second
+
+    engine = inflect.engine()
+    engine.defnoun("clothes", "clothes")  # it knows no "clothes" without a "clothe"
+    return engine
 
 
 @functools.lru_cache(maxsize=2**16)
 def nouns(caption: str) -> tuple[str, ...]:
-    """The nouns that NLTK's averaged perceptron tags NN, NNS, NNP or NNPS in an English caption.
+    """The nouns of an English caption as `noun_spans` finds them, plurals as they are.
 
-    Lower-cased, each once, in the order of the caption. Tokens that start with no letter or have
-    one letter alone are left out. Results are kept: the same captions return every epoch.
+    Each once, in the order of the caption. Results are kept: the same captions return every epoch.
 
     Raises:
       UserError: the tagger's data is not on this machine, or cannot be used.
     """
-    tokenizer, tagger = _backend()
-    # The tokenizer takes one sentence, and finds its full stop at the end alone.
-    tagged = tagger.tag(tokenizer.tokenize(_FULL_STOP.sub(" .", caption)))
-    found = (word.lower() for word, tag in tagged if tag in _TAGS)
-    return tuple(dict.fromkeys(word for word in found if len(word) > 1 and word[0].isalpha()))
+    return tuple(dict.fromkeys(noun for _, _, noun in noun_spans(caption, lemmatise="off")))
 
 
 def known_nouns(caption: str, known: Collection[str]) -> tuple[str, ...]:
@@ -84,11 +126,11 @@ class NounPrompts:
         if count < 1:
             raise UserError(f"{count} nouns of a caption cannot be drawn; take 1 or more")
         self.count = count
-        self.known = _noun_words(source)
+        self.known = noun_words_of(source)
         strange = names_with_unknown_words(tokenizer, TEMPLATES)
         self.templates = tuple(t for t in TEMPLATES if t not in strange) or TEMPLATES[:1]
         if self.known is None:
-            _backend()  # what is missing is said before the training starts
+            open_tagger()  # what is missing is said before the training starts
 
     def __call__(self, caption: str, rng: np.random.Generator) -> list[str]:
         """`count` texts; all randomness comes from `rng`. Raises UserError as `nouns` does."""
@@ -103,7 +145,7 @@ class NounPrompts:
         ]
 
 
-def _noun_words(source: Source | None) -> frozenset[str] | None:
+def noun_words_of(source: Source | None) -> frozenset[str] | None:
     """`source.noun_words()`, or that of the source that it is a part or a shuffle of."""
     while source is not None:
         words = getattr(source, "noun_words", None)
@@ -111,27 +153,3 @@ def _noun_words(source: Source | None) -> frozenset[str] | None:
             return frozenset(words())
         source = getattr(source, "source", None)
     return None
-
-
-def _backend():
-    """(tokenizer, tagger), read once per process."""
-    with _LOADING:  # the pipeline reads in threads
-        return _read_backend()
-
-
-@functools.lru_cache(maxsize=1)
-def _read_backend():
-    # Late: NLTK takes a second to import, and most runs need no nouns.
-    from nltk.tag.perceptron import PerceptronTagger
-    from nltk.tokenize import NLTKWordTokenizer
-
-    remedy = f"run python -m nltk.downloader {_DATA}, or set NLTK_DATA to the folder that has it"
-    try:
-        return NLTKWordTokenizer(), PerceptronTagger()
-    except LookupError:
-        raise UserError(
-            f"loss.multi_label_weight needs NLTK's {_DATA}, which is not on this machine: {remedy}"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"NLTK's {_DATA} cannot be read ({reason}): {remedy}") from None

@@ -7,11 +7,13 @@ of P reads the rows [p*B/P, (p+1)*B/P) of each batch. The random numbers of a sa
 processes, and a run may start at any step at no cost and on another number of hosts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -23,6 +25,15 @@ from trm_jax.data.examples import Examples, Sample
 from trm_jax.types import BadSampleError, UserError
 
 _MAX_THREADS = 16
+
+
+@runtime_checkable
+class Croppable(Examples, Protocol):
+    """Examples of a few declared lengths: what no example of a batch fills is cut off."""
+
+    def crop(self, batch: Sample, positions: Sequence[int]) -> Sample:
+        """Part of a batch, cut as the examples at `positions`, the whole batch, allow."""
+        ...
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -67,7 +78,8 @@ def train_batches(
     rows = _local_rows(batch_size, process_index, process_count)
 
     load = _TrainLoader(examples, batch_size, seed, start_step, per_epoch, rows)
-    return _batches(load, num_batches=num_steps, rows=len(rows), workers=workers)
+    batches = _batches(load, num_batches=num_steps, rows=len(rows), workers=workers)
+    return _cropped(examples, batches, lambda number: load.positions(start_step + number))
 
 
 def eval_batches(
@@ -89,7 +101,27 @@ def eval_batches(
 
     load = _EvalLoader(examples, batch_size, rows)
     num_batches = -(-len(examples) // batch_size)
-    return _batches(load, num_batches=num_batches, rows=len(rows), workers=workers)
+    batches = _batches(load, num_batches=num_batches, rows=len(rows), workers=workers)
+
+    def positions(number: int) -> Sequence[int]:
+        return range(number * batch_size, min((number + 1) * batch_size, len(examples)))
+
+    return _cropped(examples, batches, positions)
+
+
+def _cropped(
+    examples: Examples, batches: Iterator[Sample], positions: Callable[[int], Sequence[int]]
+) -> Iterator[Sample]:
+    """The batches, cut where the examples can; every process cuts by the whole batch, alike."""
+    if not isinstance(examples, Croppable):
+        return batches
+    return _cut(examples, batches, positions)
+
+
+def _cut(examples: Croppable, batches, positions) -> Iterator[Sample]:
+    with contextlib.closing(batches):
+        for number, batch in enumerate(batches):
+            yield examples.crop(batch, positions(number))
 
 
 # Classes rather than closures: grain pickles them to its workers, and a closure would take the
@@ -106,11 +138,22 @@ class _TrainLoader:
     rows: range
 
     def __call__(self, number: int) -> Sample:
-        step = self.start_step + number // len(self.rows)
+        epoch, first = self._epoch(self.start_step + number // len(self.rows))
+        place = first + self.rows[number % len(self.rows)]
+        return _load(self.examples, self._position(epoch, place), (self.seed, epoch, place))
+
+    def positions(self, step: int) -> list[int]:
+        """Those of the whole batch of a step."""
+        epoch, first = self._epoch(step)
+        return [self._position(epoch, first + row) for row in range(self.batch_size)]
+
+    def _epoch(self, step: int) -> tuple[int, int]:
+        """(epoch of a step, place in it of the step's first example)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        place = step_in_epoch * self.batch_size + self.rows[number % len(self.rows)]
-        where = position(place, len(self.examples), seed=self.seed, epoch=epoch)
-        return _load(self.examples, where, (self.seed, epoch, place))
+        return epoch, step_in_epoch * self.batch_size
+
+    def _position(self, epoch: int, place: int) -> int:
+        return position(place, len(self.examples), seed=self.seed, epoch=epoch)
 
 
 @dataclasses.dataclass(frozen=True)

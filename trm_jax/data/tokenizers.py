@@ -1,12 +1,16 @@
 """Text to fixed-length token ids: CLIP's byte-pair vocabulary, and plain words.
 
+BERT's word pieces are in wordpiece.py.
+
 Both give rows [SOS] tokens [EOS] 0 0 ..., truncated so that EOS is always there.
 """
 
 import collections
 import html
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import ftfy
@@ -142,8 +146,16 @@ class WordTokenizer:
         Words outside the list become 1; punctuation outside it is dropped, so that the full stop
         of a prompt does no harm to a tower that never saw one.
         """
-        words = [word for word in split_words(text) if word in self._ids or word[0].isalnum()]
+        words = [word for word in split_words(text) if self._kept(word)]
         return [self._ids.get(word, self.unknown_id) for word in words]
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) in characters of each id that `encode` gives."""
+        known = [place for place in word_spans(text) if self._kept(place[0])]
+        return [(start, end) for _, start, end in known]
+
+    def _kept(self, word: str) -> bool:
+        return word in self._ids or word[0].isalnum()
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """int32 [n, length]; see `Tokenizer`."""
@@ -164,9 +176,37 @@ def names_with_unknown_words(tokenizer: Tokenizer, names: Sequence[str]) -> list
     return [name for name in names if unknown in tokenizer.encode(name.replace("_", " "))]
 
 
+def scan_words(path: str | Path) -> tuple[str, ...]:
+    """The words of a vocabulary file of SCAN (JSON with word2idx), in its order, without markers.
+
+    Raises UserError for a file that is missing or no such vocabulary.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))["word2idx"]
+        ordered = sorted(given, key=given.__getitem__)
+    except OSError as error:
+        field = "model.matching.text.vocabulary"
+        raise UserError(f"{path}: {error.strerror}; check {field}") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no vocabulary of SCAN: JSON with 'word2idx'") from None
+    return tuple(word for word in ordered if word not in ("<pad>", "<start>", "<end>", "<unk>"))
+
+
 def split_words(text: str) -> list[str]:
     """Lower-cased words (an apostrophe stays inside its word) and single punctuation marks."""
     return _WORD.findall(text.lower())
+
+
+def word_spans(text: str) -> list[tuple[str, int, int]]:
+    """(word, start, end) of each of `split_words`, in characters of `text`."""
+    lowered = text.lower()
+    places = range(len(text))
+    if len(lowered) != len(text):  # the lower case of some letters is two characters
+        places = [place for place, letter in enumerate(text) for _ in letter.lower()]
+    return [
+        (found.group(), places[found.start()], places[found.end() - 1] + 1)
+        for found in _WORD.finditer(lowered)
+    ]
 
 
 def from_config(config: Mapping[str, Any]) -> Tokenizer:
@@ -176,4 +216,8 @@ def from_config(config: Mapping[str, Any]) -> Tokenizer:
         return ClipTokenizer()
     if kind == "words":
         return WordTokenizer(config["words"])
-    raise UserError(f"tokenizer kind '{kind}' is unknown; it is one of clip, words")
+    if kind == "wordpiece":
+        from trm_jax.data.wordpiece import WordpieceTokenizer  # late: it imports this module
+
+        return WordpieceTokenizer(config["words"], config["lowercase"], config["strip_accents"])
+    raise UserError(f"tokenizer kind '{kind}' is unknown; it is one of clip, words, wordpiece")

@@ -41,7 +41,7 @@ def info_nce(
     texts = jnp.where(where[:, None], texts, 0.0)
     # Accelerators round float32 operands by default, too coarse for a scale of 100.
     scores = jnp.einsum("nd,md->nm", images, texts, precision="highest")
-    return _pair_loss(logit_scale * scores, where)
+    return pair_info_nce(logit_scale * scores, where=where)
 
 
 def dense_info_nce(
@@ -75,14 +75,32 @@ def dense_info_nce(
     texts = jnp.where(where[:, None], texts.astype(dtype), 0.0)
     cosines = jnp.einsum("npd,md->nmp", dense, texts, precision="highest")
     scores = (jax.nn.softmax(sharpness * cosines, axis=-1) * cosines).sum(-1)
-    return _pair_loss(logit_scale * scores, where)
+    return pair_info_nce(logit_scale * scores, where=where)
 
 
-def _pair_loss(logits: Float[Array, "n n"], where: Bool[Array, " n"]) -> Float[Array, " n"]:
-    """Symmetric InfoNCE [n] of logits whose diagonal holds the pairs."""
-    image_to_text = logsumexp(jnp.where(where[None, :], logits, _LOG_ZERO), axis=1)
-    text_to_image = logsumexp(jnp.where(where[:, None], logits, _LOG_ZERO), axis=0)
-    values = 0.5 * (image_to_text + text_to_image) - jnp.diagonal(logits)
+def pair_info_nce(
+    logits: Float[Array, "n n"],
+    *,
+    ignored: Bool[Array, "n n"] | None = None,
+    where: Bool[Array, " n"] | None = None,
+) -> Float[Array, " n"]:
+    """Symmetric InfoNCE of given logits, whatever scored the pairs.
+
+    Args:
+      logits: [n, n], image i against text j; the pairs stand on the diagonal.
+      ignored: [n, n], pairs off the diagonal that are no negatives.
+      where: [n], pairs that count; the others are neither anchors nor candidates.
+
+    Returns:
+      [n]; zero for the pairs that do not count.
+    """
+    if where is None:
+        where = jnp.ones(logits.shape[0], bool)
+    candidates = where[:, None] & where[None, :]
+    if ignored is not None:
+        candidates = candidates & (~ignored | jnp.eye(logits.shape[0], dtype=bool))
+    logits = jnp.where(candidates, logits, _LOG_ZERO)
+    values = 0.5 * (logsumexp(logits, axis=1) + logsumexp(logits, axis=0)) - jnp.diagonal(logits)
     return jnp.where(where, values, 0.0)
 
 

@@ -1,10 +1,11 @@
 """The methods by name. Each file builds one Method (trm_jax.types) and imports no other method."""
 
-from trm_jax.methods import contrastive, dualcoop, simcon, trm_ml
+from trm_jax.methods import contrastive, dualcoop, napreg, simcon, trm_ml
 
 MAKERS = {
     "trm_ml": trm_ml.make,
     "dualcoop": dualcoop.make,
     "contrastive": contrastive.make,
     "simcon": simcon.make,
+    "napreg": napreg.make,
 }

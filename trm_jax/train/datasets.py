@@ -104,7 +104,13 @@ def input_spec(
 def feature_spec(shape: tuple[int, ...], clip: dict[str, Any]) -> tuple[BatchSpec, tuple[int, int]]:
     """The batch entry for precomputed features [r, D], checked against the towers."""
     image = clip["image"]
-    if image["kind"] != "features" or image["width"] != shape[-1]:
+    if "scorer" in clip:  # a matching model
+        if (image["regions"], image["width"]) != tuple(shape):
+            raise UserError(
+                f"the data has {shape[0]} regions of width {shape[1]}: set "
+                f"model.matching.image.regions={shape[0]} and .width={shape[1]}"
+            )
+    elif image["kind"] != "features" or image["width"] != shape[-1]:
         raise UserError(
             f"the data has precomputed features of width {shape[-1]}: set model.clip.image to "
             f"kind 'features' and width {shape[-1]}"
@@ -115,6 +121,8 @@ def feature_spec(shape: tuple[int, ...], clip: dict[str, Any]) -> tuple[BatchSpe
 def image_spec(clip: dict[str, Any], image_size: int) -> tuple[BatchSpec, tuple[int, int]]:
     """The batch entry for images of `image_size` pixels, checked against the towers' stride."""
     image = clip["image"]
+    if "scorer" in clip:
+        raise UserError("model.matching reads precomputed regions, but the data gives images")
     if image["kind"] == "features":
         raise UserError("model.clip.image.kind is 'features', but the data gives images")
     name, cell = "patch size", image.get("patch_size")

@@ -7,17 +7,28 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from trm_jax.data import pipeline
+from trm_jax.data import caption_pairs, pipeline
 from trm_jax.data.examples import CaptionTexts, ImageExamples, MultiLabelExamples
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.subset import has_masks
 from trm_jax.data.tokenizers import Tokenizer
-from trm_jax.evaluate import classification, multilabel, retrieval, segmentation, zero_shot
+from trm_jax.evaluate import (
+    classification,
+    multilabel,
+    pair_scores,
+    retrieval,
+    segmentation,
+    zero_shot,
+)
 from trm_jax.evaluate.segmentation_windows import Protocol
 from trm_jax.train import sharding
 from trm_jax.types import Batch, Method, PyTree, UserError
 
-_NEEDS = {"multilabel": ("prepare", "scores"), "segmentation": ("segments", "embed_text")}
+_NEEDS = {
+    "multilabel": ("prepare", "scores"),
+    "segmentation": ("segments", "embed_text"),
+    "pair_scores": ("embed_image", "embed_text", "pair_scores"),
+}
 
 Evaluator = Callable[[PyTree, PyTree], dict[str, float]]
 
@@ -35,12 +46,15 @@ def make_evaluator(
     pool: str,
     templates: Sequence[str],
     protocol: Protocol = Protocol(),
+    buckets: Sequence[int] = (),
+    folds: int = 1,
 ) -> Evaluator:
     """Joins the evaluators `kinds` into one function.
 
     Args:
-      kinds: any of "multilabel", "retrieval", "zero_shot" (mAP), "classification" and
-        "segmentation"; the metrics of all are merged into one dict.
+      kinds: any of "multilabel", "retrieval", "pair_scores" (retrieval by a model that scores
+        pairs), "zero_shot" (mAP), "classification" and "segmentation"; the metrics of all are
+        merged into one dict.
       method: its predict functions are compiled once.
       source: the evaluation split.
       tokenizer, text_length: of captions and templates.
@@ -50,6 +64,8 @@ def make_evaluator(
       pool: zero-shot pooling, "global", "max" or "softmax" over positions.
       templates: zero-shot templates with {}.
       protocol: of segmentation.
+      buckets: the lengths of texts, of "pair_scores".
+      folds: of retrieval, see retrieval.folded_recalls.
 
     Returns:
       (params, extras) -> metrics.
@@ -60,6 +76,7 @@ def make_evaluator(
     makers = {
         "multilabel": _multilabel,
         "retrieval": _retrieval,
+        "pair_scores": _pair_scores,
         "zero_shot": _zero_shot,
         "classification": _classification,
         "segmentation": _segmentation,
@@ -70,31 +87,19 @@ def make_evaluator(
         for name in _NEEDS.get(kind, ("embed_image", "embed_text")):
             if name not in method.predict:
                 raise UserError(f"evaluate.kinds: {kind!r} is not for this method: no {name!r}")
-    predict = {name: jax.jit(function) for name, function in method.predict.items()}
-    size = -(-batch_size // jax.device_count()) * jax.device_count()
-
-    def batches(examples) -> Iterator[Batch]:
-        mesh = jax.sharding.get_mesh()
-        for batch in pipeline.eval_batches(
-            examples,
-            batch_size=size,
-            workers=workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ):
-            yield sharding.put_batch(batch, mesh) if mesh.size else batch
-
-    context = _Context(
+    context = _context(
         method,
-        predict,
         source,
         tokenizer,
         transform,
-        batches,
+        batch_size,
         text_length,
+        workers,
         pool,
         tuple(templates),
         protocol,
+        tuple(buckets),
+        folds,
     )
     evaluators = [makers[kind](context) for kind in kinds]
 
@@ -105,6 +110,29 @@ def make_evaluator(
         return merged
 
     return evaluate
+
+
+def make_pair_scorer(
+    method: Method,
+    source: Source,
+    tokenizer: Tokenizer,
+    transform,
+    *,
+    batch_size: int,
+    workers: int,
+    buckets: Sequence[int],
+) -> Callable[[PyTree, PyTree], pair_scores.Scores]:
+    """(params, extras) -> the scores of all images and captions of `source`, for ensembles.
+
+    Arguments as those of `make_evaluator`. Raises UserError for a method that scores no pairs.
+    """
+    for name in _NEEDS["pair_scores"]:
+        if name not in method.predict:
+            raise UserError(f"this method scores no pairs: it has no {name!r}")
+    context = _context(
+        method, source, tokenizer, transform, batch_size, workers=workers, buckets=tuple(buckets)
+    )
+    return _pair_scorer(context)
 
 
 class _Context(NamedTuple):
@@ -120,6 +148,8 @@ class _Context(NamedTuple):
     pool: str
     templates: tuple[str, ...]
     protocol: Protocol
+    buckets: tuple[int, ...]
+    folds: int
 
     def bind(self, name: str, params: PyTree, extras: PyTree, shared: Batch | None = None):
         """predict[name] as a function of the batch alone, given only the entries it declares."""
@@ -147,6 +177,51 @@ class _Context(NamedTuple):
         )
 
 
+def _context(
+    method: Method,
+    source: Source,
+    tokenizer: Tokenizer,
+    transform,
+    batch_size: int,
+    text_length: int = 0,
+    workers: int = 0,
+    pool: str = "global",
+    templates: tuple[str, ...] = (),
+    protocol: Protocol = Protocol(),
+    buckets: tuple[int, ...] = (),
+    folds: int = 1,
+) -> _Context:
+    """Compiles nothing yet; the batches are rounded up to a multiple of the devices."""
+    predict = {name: jax.jit(function) for name, function in method.predict.items()}
+    size = -(-batch_size // jax.device_count()) * jax.device_count()
+
+    def batches(examples) -> Iterator[Batch]:
+        mesh = jax.sharding.get_mesh()
+        for batch in pipeline.eval_batches(
+            examples,
+            batch_size=size,
+            workers=workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ):
+            yield sharding.put_batch(batch, mesh) if mesh.size else batch
+
+    return _Context(
+        method,
+        predict,
+        source,
+        tokenizer,
+        transform,
+        batches,
+        text_length,
+        pool,
+        templates,
+        protocol,
+        buckets,
+        folds,
+    )
+
+
 def _multilabel(context: _Context) -> Evaluator:
     examples = MultiLabelExamples(context.source, None, context.transform)
 
@@ -169,8 +244,36 @@ def _retrieval(context: _Context) -> Evaluator:
             context.bind("embed_text", params, extras),
             context.batches(images),
             context.batches(texts),
+            folds=context.folds,
             to_host=_to_host,
         )
+
+    return evaluate
+
+
+def _pair_scorer(context: _Context) -> Callable[[PyTree, PyTree], pair_scores.Scores]:
+    source = context.source
+    texts = caption_pairs.CaptionTexts(source, context.tokenizer, context.buckets)
+    images = ImageExamples(source, context.transform, np.unique(texts.image_index))
+
+    def score(params, extras):
+        return pair_scores.score_all(
+            context.bind("embed_image", params, extras),
+            context.bind("embed_text", params, extras),
+            context.bind("pair_scores", params, extras),
+            context.batches(images),
+            context.batches(texts),
+            to_host=_to_host,
+        )
+
+    return score
+
+
+def _pair_scores(context: _Context) -> Evaluator:
+    score = _pair_scorer(context)
+
+    def evaluate(params, extras):
+        return pair_scores.metrics(score(params, extras), folds=context.folds)
 
     return evaluate
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -17,18 +16,17 @@ from ml_collections import ConfigDict
 from trm_jax.data import partial_labels, pipeline, tokenizers
 from trm_jax.data.examples import CaptionExamples, Examples, MultiLabelExamples
 from trm_jax.data.sources.base import Source
+from trm_jax.evaluate.pair_scores import Scores
 from trm_jax.evaluate.segmentation_windows import Protocol
-from trm_jax.methods import MAKERS, dualcoop, frozen_clip, simcon, trm_ml
-from trm_jax.models.clip.config import validate
-from trm_jax.pretrained import files, registry
-from trm_jax.train import datasets, optimizers, paths
-from trm_jax.train.evaluation import make_evaluator
+from trm_jax.methods import MAKERS, dualcoop, frozen_clip, napreg, simcon, trm_ml
+from trm_jax.pretrained import registry
+from trm_jax.train import architecture, datasets, matching, optimizers
+from trm_jax.train.evaluation import make_evaluator, make_pair_scorer
 from trm_jax.train.loop import Job
 from trm_jax.types import BatchSpec, DataInfo, Method, PyTree, UserError
 
-_SECTIONS = {"trm_ml": trm_ml, "dualcoop": dualcoop, "simcon": simcon}
-_ON_CAPTIONS = ("contrastive", "simcon")
-_TOKEN_EMBEDDING = "clip/params/text/token_embedding"
+_SECTIONS = {"trm_ml": trm_ml, "dualcoop": dualcoop, "simcon": simcon, "napreg": napreg}
+_ON_CAPTIONS = ("contrastive", "simcon", "napreg")
 
 
 class Experiment(NamedTuple):
@@ -38,7 +36,7 @@ class Experiment(NamedTuple):
     method: Method
     info: DataInfo
     tokenizer: tokenizers.Tokenizer
-    clip: dict[str, Any]
+    clip: dict[str, Any]  # of the towers, or of the matching model
     train: Source
     test: Source
     observed: np.ndarray | None  # label mask applied: int8 [N, C]
@@ -46,6 +44,7 @@ class Experiment(NamedTuple):
     inputs: BatchSpec  # the image entry of a batch, before any feature cache
     pretrained: registry.Located  # the weights that were loaded
     initial: registry.Located  # those that some parameters start from
+    nouns: matching.Nouns | None  # that have proxies
 
 
 def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
@@ -63,14 +62,17 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
         raise UserError("data.test_dataset has other classes than data.dataset, which were trained")
     located = registry.locate(config.model.pretrained)
     tokenizer = _tokenizer(config.model, located, train)
-    clip = resolve_clip(config.model, tokenizer)
-    _check_attention(clip, compute_dtype(config.precision.compute))
-    weights = registry.load(located, clip, say=None if jax.process_index() else print)
+    clip = architecture.resolve(config.model, tokenizer)
+    weights = None
+    if not config.model.matching:
+        architecture.check_attention(clip, architecture.compute_dtype(config.precision.compute))
+        weights = registry.load(located, clip, say=None if jax.process_index() else print)
     observed = None
     if train.class_names and config.method not in _ON_CAPTIONS:
         observed = datasets.observed_labels(config.data, train)
     inputs, grid = datasets.input_spec(train, clip, config.data.image_size)
-    info = _info(config, train, test)
+    nouns = matching.open_nouns(config, train, tokenizer, cache_dir)
+    info = _info(config, train, test, nouns)
     key = jax.random.key(config.seed)
     method = make_method(config, info, tokenizer, clip, inputs, grid)
     init = jax.jit(
@@ -80,13 +82,16 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     params, extras = init(key, weights)
     raw_inputs = inputs
     if config.data.cache_features:
-        dtype = compute_dtype(config.precision.compute)
+        dtype = architecture.compute_dtype(config.precision.compute)
         train, test = datasets.cached((train, test), config, clip, method, params, dtype, cache_dir)
         inputs, _ = datasets.input_spec(train, clip, config.data.image_size)
         method = make_method(config, info, tokenizer, clip, inputs, grid)
-    initial = _locate_initial(config.model.initial_from)
-    params = _warm_start(params, config.model.initial_params, initial, tokenizer)
-    job = _job(config, method, info, tokenizer, train, test, observed, (params, extras))
+    initial = architecture.locate_initial(config.model.initial_from)
+    params = architecture.warm_start(params, config.model.initial_params, initial, tokenizer)
+    if config.model.matching:
+        params = matching.start_from(params, config.model, tokenizer)
+    examples = _examples(config, method, tokenizer, train, observed, nouns)
+    job = _job(config, method, info, tokenizer, train, test, examples, (params, extras))
     return Experiment(
         job,
         method,
@@ -100,33 +105,37 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
         raw_inputs,
         located,
         initial,
+        nouns,
     )
 
 
-def resolve_clip(model: ConfigDict, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """The towers' config: `model.clip` over the named architecture, if there is one.
-
-    A vocabulary of 0 becomes the tokenizer's.
-    """
-    named = registry.architecture(model.architecture) if model.architecture else {}
-    resolved = {**named, **model.clip.to_dict()}
-    for tower in ("image", "text"):
-        resolved[tower] = {**named.get(tower, {}), **resolved.get(tower, {})}
-    text = resolved["text"]
-    for field, value in (("vocab_size", tokenizer.vocab_size), ("eos_id", tokenizer.eos_id)):
-        text[field] = text.get(field) or value
-    return validate({**resolved, "text": text})
+def pair_scorer(config: ConfigDict, built: Experiment) -> Callable[[PyTree, PyTree], Scores]:
+    """(params, extras) -> the scores of all pairs of the evaluation split, for ensembles."""
+    return make_pair_scorer(
+        built.method,
+        built.test,
+        built.tokenizer,
+        datasets.transform(config.data, train=False),
+        batch_size=config.evaluate.batch_size,
+        workers=config.data.workers,
+        buckets=config.data.length_buckets,
+    )
 
 
 def make_method(config, info, tokenizer, clip, inputs, grid) -> Method:
     """The config's method on given data and towers."""
     if config.method not in MAKERS:
         raise UserError(f"method={config.method!r} is none of {', '.join(MAKERS)}")
-    shared = {"clip": clip, "inputs": inputs, "dtype": compute_dtype(config.precision.compute)}
+    dtype = architecture.compute_dtype(config.precision.compute)
+    shared = {"clip": clip, "inputs": inputs, "dtype": dtype}
     options = config.model.options.to_dict()
     module = _SECTIONS.get(config.method)
     if module is not None:
         options["loss"] = _call(module.Loss, "loss", **config.loss.to_dict())
+    if config.method == "napreg":
+        buckets = config.data.length_buckets
+        shared = {"model": clip, "inputs": inputs, "dtype": dtype, "info": info}
+        return _call(napreg.make, "model.options", buckets=buckets, **shared, **options)
     if config.method in _ON_CAPTIONS:
         shared["text_length"] = config.data.text_length
         if config.method == "simcon":  # it splits the batch in its towers alone
@@ -155,27 +164,9 @@ def _call(function: Callable, section: str, **arguments):
         raise UserError(f"{section}: {str(error).split('() ')[-1]}") from None
 
 
-def _check_attention(clip: dict[str, Any], dtype: np.dtype) -> None:
-    if clip["attention"] != "cudnn":
-        return
-    kind, backend = clip["image"]["kind"], jax.default_backend()
-    if not (kind in ("vit", "groupvit") and backend == "gpu" and dtype == jnp.bfloat16):
-        raise UserError(
-            "model.clip.attention='cudnn' is for a ViT on an NVIDIA GPU with bfloat16; this is a "
-            f"{kind} on {backend} with {dtype}: use 'xla'"
-        )
-
-
-def compute_dtype(name: str) -> np.dtype:
-    """The dtype of `precision.compute`: "auto" is float32 on a CPU and bfloat16 elsewhere."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"precision.compute={name!r} is none of auto, float32, bfloat16")
-    return jnp.dtype(name)
-
-
 def _tokenizer(model: ConfigDict, located: registry.Located, train: Source) -> tokenizers.Tokenizer:
+    if model.matching:
+        return matching.tokenizer(model, train)
     saved = registry.tokenizer_config(located)
     if saved is not None:
         return tokenizers.from_config(saved)
@@ -193,8 +184,13 @@ def _tokenizer(model: ConfigDict, located: registry.Located, train: Source) -> t
     return tokenizers.WordTokenizer.from_captions(texts)
 
 
-def _info(config: ConfigDict, train: Source, test: Source) -> DataInfo:
-    per_epoch = pipeline.steps_per_epoch(len(train), config.data.batch_size)
+def _info(
+    config: ConfigDict, train: Source, test: Source, nouns: matching.Nouns | None
+) -> DataInfo:
+    number = len(train)
+    if config.method == "napreg":  # every caption is an example
+        number = sum(len(train.captions(index)) for index in range(number))
+    per_epoch = pipeline.steps_per_epoch(number, config.data.batch_size)
     steps = config.train.steps
     return DataInfo(
         class_names=train.class_names,
@@ -203,49 +199,15 @@ def _info(config: ConfigDict, train: Source, test: Source) -> DataInfo:
         steps_per_epoch=per_epoch,
         total_steps=steps if steps else config.train.epochs * per_epoch,
         single_positive=partial_labels.is_single_positive(config.data.label_protocol),
+        num_proxies=len(nouns.vocabulary) if nouns else 0,
     )
 
 
-def _locate_initial(name: str) -> registry.Located:
-    if not name:
-        return registry.locate("random")
-    path = registry.PACKAGED.get(name, Path(name).expanduser())
-    if not path.is_file():
-        raise UserError(
-            f"model.initial_from={name}: there is no such file; give the model.safetensors or "
-            f"clip.safetensors of an export, or {', '.join(registry.PACKAGED)}"
-        )
-    return registry.Located(name, path)
-
-
-def _warm_start(
-    params: PyTree, patterns, initial: registry.Located, tokenizer: tokenizers.Tokenizer
-) -> PyTree:
-    """Params that match `patterns` replaced by those of `initial`, if that is a file."""
-    path = initial.path
-    if path is None:
-        return params
-    given = files.read(path).tensors
-    flat = paths.flatten(params)
-    hits = paths.matches(params, patterns, field="model.initial_params")
-    for name in (n for n, hit in hits.items() if hit):
-        # A file of towers alone calls clip/params/.. params/..
-        value = given.get(name, given.get(name.removeprefix("clip/")))
-        if value is None or value.shape != flat[name].shape:
-            raise UserError(f"model.initial_from={path}: '{name}' is missing or of another shape")
-        flat[name] = jnp.asarray(np.asarray(value), flat[name].dtype)
-    words = registry.tokenizer_config(initial)
-    if hits.get(_TOKEN_EMBEDDING) and words not in (None, tokenizer.to_config()):
-        raise UserError(
-            f"model.initial_from={path}: its words are not those of this run's captions, so the "
-            "token embeddings would be mixed up; leave them out of model.initial_params"
-        )
-    return jax.tree.unflatten(jax.tree.structure(params), list(flat.values()))
-
-
-def _examples(data: ConfigDict, method: Method, tokenizer, train, observed) -> Examples:
-    transform = datasets.transform(data, train=True)
+def _examples(config: ConfigDict, method: Method, tokenizer, train, observed, nouns) -> Examples:
+    data, transform = config.data, datasets.transform(config.data, train=True)
     spec = method.specs["train"]
+    if config.method == "napreg":
+        return matching.examples(config, train, tokenizer, nouns, transform)
     if "tokens" in spec:
         views = 2 if "image_2" in spec else 1
         nouns = spec["noun_tokens"].shape[1] if "noun_tokens" in spec else 0
@@ -264,14 +226,33 @@ def _schedule(settings: ConfigDict, info: DataInfo) -> optax.Schedule:
         warmup_rate=settings.warmup_rate,
         warmup_steps=round(settings.warmup_epochs * info.steps_per_epoch),
         end_rate=settings.end_rate,
+        drop_steps=[round(e * info.steps_per_epoch) for e in settings.drop_epochs],
     )
 
 
-def _job(config, method, info, tokenizer, train, test, observed, initial) -> Job:
+def _evaluator(config: ConfigDict, method: Method, tokenizer, test: Source):
+    data = config.data
+    return make_evaluator(
+        config.evaluate.kinds,
+        method,
+        test,
+        tokenizer,
+        datasets.transform(data, train=False),
+        batch_size=config.evaluate.batch_size,
+        text_length=data.text_length,
+        workers=data.workers,
+        pool=config.evaluate.pool,
+        templates=config.evaluate.templates,
+        buckets=data.length_buckets,
+        folds=config.evaluate.folds,
+        protocol=_call(Protocol, "evaluate.segmentation", **config.evaluate.segmentation.to_dict()),
+    )
+
+
+def _job(config, method, info, tokenizer, train, test, examples, initial) -> Job:
     data, run = config.data, config.train
     if run.nan_policy not in ("skip", "stop"):
         raise UserError(f"train.nan_policy={run.nan_policy!r} is none of skip, stop")
-    examples = _examples(data, method, tokenizer, train, observed)
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def batches(start: int) -> Iterator:
@@ -297,27 +278,14 @@ def _job(config, method, info, tokenizer, train, test, observed, initial) -> Job
             decay=tuple(settings.decay),
             clip=settings.clip,
             b2=settings.b2,
+            factors=settings.factors,
         ),
         schedule=schedule,
         batches=batches,
         refresh_batches=lambda: pipeline.eval_batches(
             examples, batch_size=data.batch_size, workers=data.workers, **host
         ),
-        evaluate=make_evaluator(
-            config.evaluate.kinds,
-            method,
-            test,
-            tokenizer,
-            datasets.transform(data, train=False),
-            batch_size=config.evaluate.batch_size,
-            text_length=data.text_length,
-            workers=data.workers,
-            pool=config.evaluate.pool,
-            templates=config.evaluate.templates,
-            protocol=_call(
-                Protocol, "evaluate.segmentation", **config.evaluate.segmentation.to_dict()
-            ),
-        ),
+        evaluate=_evaluator(config, method, tokenizer, test),
         eval_split="val" if data.holdout else "test",
         num_train=len(train),
         name_of=lambda index: str(train.ids[index]),

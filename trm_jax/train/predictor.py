@@ -12,8 +12,7 @@ from trm_jax.data import tokenizers
 from trm_jax.data.transforms import image_transform
 from trm_jax.evaluate import segmentation, zero_shot
 from trm_jax.evaluate.segmentation_windows import Protocol
-from trm_jax.models.clip import towers
-from trm_jax.train import checkpoints, datasets, experiment, paths, sharding, workdirs
+from trm_jax.train import architecture, checkpoints, datasets, experiment, paths, sharding, workdirs
 from trm_jax.types import BatchSpec, DataInfo, Method, PyTree, UserError
 
 
@@ -28,6 +27,7 @@ class Predictor(NamedTuple):
     clip: dict[str, Any]
     config: Any
     step: int
+    nouns: tuple[str, ...] = ()  # that have a proxy
 
     @property
     def inputs(self) -> BatchSpec:
@@ -72,6 +72,32 @@ class Predictor(NamedTuple):
         """The run's own, of segmentation."""
         return Protocol(**self.config.evaluate.segmentation.to_dict())
 
+    def match(self, features: np.ndarray, captions: Sequence[str], size: int = 64) -> np.ndarray:
+        """Scores [N, M] float32 of all images and captions, for runs that score pairs.
+
+        Args:
+          features: [N, r, D] regions of the images.
+          captions: at least one.
+          size: images, and captions, that meet at a time.
+        """
+        if "pair_scores" not in self.method.predict:
+            raise UserError(f"this run's method ({self.config.method}) scores no pairs")
+        images = _chunks(features.astype(np.float32), size)
+        texts = _chunks(self.tokens(captions), size)
+        sides = list(self.run("embed_image", ({"features": part} for part in images)))
+        columns = []
+        for text in self.run("embed_text", ({"tokens": part} for part in texts)):
+            blocks = self.run("pair_scores", ({**side, **text} for side in sides))
+            columns.append(np.concatenate([block["scores"] for block in blocks]))
+        return np.concatenate(columns, axis=1)[: len(features), : len(captions)]
+
+    def tokens(self, captions: Sequence[str]) -> np.ndarray:
+        """int32 [M, T], T the shortest of the run's lengths that holds the longest caption."""
+        buckets = self.config.data.length_buckets or (self.config.data.text_length,)
+        rows = self.tokenizer(captions, buckets[-1])
+        longest = int((rows != 0).sum(1).max())
+        return rows[:, : next(length for length in buckets if length >= longest)]
+
     def segment(
         self, images: Iterable[np.ndarray], class_names: Sequence[str]
     ) -> Iterator[np.ndarray]:
@@ -114,14 +140,15 @@ def load(workdir: str | Path, features: np.ndarray | None = None) -> Predictor:
     saved = workdirs.read_json(folder / "vocabulary.json")
     tokenizer = tokenizers.from_config(saved["tokenizer"])
     # Prediction needs no kernel of a certain device.
-    clip: dict[str, Any] = {**towers.validate(saved["clip"]), "attention": "xla"}
+    clip = architecture.restored(saved["clip"])
     names = tuple(saved["class_names"])
-    if clip["image"]["kind"] != "features":
+    if "features" not in saved["inputs"]:
         inputs, grid = datasets.image_spec(clip, config.data.image_size)
     else:
         shape = saved["inputs"]["features"] if features is None else features.shape[1:]
         inputs, grid = datasets.feature_spec(tuple(shape), clip)
-    info = DataInfo(class_names=names)
+    nouns = tuple((saved.get("nouns") or {"nouns": ()})["nouns"])
+    info = DataInfo(class_names=names, num_proxies=len(nouns))
     method = experiment.make_method(config, info, tokenizer, clip, inputs, grid)
     mesh = sharding.make_mesh()
     params, extras = jax.eval_shape(lambda k: method.init(k, pretrained=None), jax.random.key(0))
@@ -136,5 +163,12 @@ def load(workdir: str | Path, features: np.ndarray | None = None) -> Predictor:
     step = files.latest_step() or 0
     files.close()
     return Predictor(
-        method, paths.merge(weights, frozen), extras, names, tokenizer, clip, config, step
+        method, paths.merge(weights, frozen), extras, names, tokenizer, clip, config, step, nouns
     )
+
+
+def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """`size` rows at a time; the last ones are filled up with zeros, so that one shape is run."""
+    count = -(-len(rows) // size)
+    padded = np.pad(rows, ((0, count * size - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+    return np.split(padded, count)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from trm_jax.data import partial_labels, tokenizers
+from trm_jax.evaluate import pair_scores
 from trm_jax.pretrained import registry
 from trm_jax.train import distributed, experiment, metrics, pictures, sharding, workdirs
 from trm_jax.train.experiment import Experiment
@@ -45,6 +47,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     report = _report(built, run, mesh, folder)
     if run.resumed_from is not None:
         _check_resumed(folder, report)
+        workdirs.check_vocabulary(folder, built)
     # Claimed only now, so that a mistake found above leaves the workdir as it was.
     if distributed.is_first():
         workdirs.claim(folder, config, built)
@@ -64,23 +67,46 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     return lines[-1] if lines else {}  # a network disk may show the file late
 
 
-def evaluate(config: ConfigDict, workdir: str) -> dict[str, float]:
-    """The newest checkpoint's metrics by the config's evaluators; also written to eval.json."""
+def evaluate(config: ConfigDict, workdir: str, ensemble: Sequence[str] = ()) -> dict[str, float]:
+    """The newest checkpoint's metrics by the config's evaluators; also written to eval.json.
+
+    With the workdirs of an `ensemble` they are the recalls of the mean of all runs' pair scores,
+    each by its own config, written to ensemble.json.
+    """
     folder = Path(workdir)
     _agree_on_config(config, {})
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    built = experiment.build(config, cache_dir=_cache_dir(config, folder))
-    params, extras, step = restore(built, folder, mesh)
-    with jax.set_mesh(mesh):
-        values = built.job.evaluate(params, extras)
-    line = {"step": step, "split": built.eval_split, **values, "final": True}
+    built, params, extras, step = _restored(config, folder, mesh)
+    name, runs = "eval.json", {}
+    if ensemble:
+        name, runs = "ensemble.json", {"runs": [workdir, *ensemble]}
+        parts = [_pair_scores(config, built, params, extras, mesh)]
+        for other in ensemble:
+            theirs = workdirs.read_config(Path(other))
+            parts.append(_pair_scores(theirs, *_restored(theirs, Path(other), mesh)[:3], mesh))
+        values = pair_scores.metrics(pair_scores.ensemble(parts), folds=config.evaluate.folds)
+    else:
+        with jax.set_mesh(mesh):
+            values = built.job.evaluate(params, extras)
+    line = {"step": step, "split": built.eval_split, **values, **runs, "final": True}
     if distributed.is_first():
-        (folder / "eval.json").write_text(json.dumps(line, indent=1) + "\n")
+        (folder / name).write_text(json.dumps(line, indent=1) + "\n")
     return values
+
+
+def _restored(config: ConfigDict, folder: Path, mesh) -> tuple[Experiment, Any, Any, int]:
+    built = experiment.build(config, cache_dir=_cache_dir(config, folder))
+    return built, *restore(built, folder, mesh)
+
+
+def _pair_scores(config, built: Experiment, params, extras, mesh) -> pair_scores.Scores:
+    with jax.set_mesh(mesh):
+        return experiment.pair_scorer(config, built)(params, extras)
 
 
 def restore(built: Experiment, folder: Path, mesh) -> tuple[Any, Any, int]:
     """(params, extras, step) of the newest checkpoint, for evaluation and prediction."""
+    workdirs.check_vocabulary(folder, built)
     run = Run(built.job, folder, mesh, read_only=True)
     state = run.prepare()
     return run.weights(state), state.extras, int(state.step)

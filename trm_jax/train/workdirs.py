@@ -28,11 +28,17 @@ _MAY_DIFFER = (
 # Fields that came later: a workdir without them was made with these values.
 _ADDED = {
     "data.caption_shuffle": 0.0,
+    "data.length_buckets": [],
     "data.test_augment": "none",
     "data.test_dataset": "",
     "data.test_options": {},
+    "evaluate.folds": 1,
     "evaluate.segmentation": {},
+    "model.matching": {},
+    "nouns": {},
+    "optimizer.drop_epochs": [],
     "optimizer.end_rate": 0.0,
+    "optimizer.factors": [],
 }
 
 
@@ -93,9 +99,26 @@ def claim(folder: Path, config: ConfigDict, built) -> None:
             "class_names": list(built.info.class_names),
             "tokenizer": built.tokenizer.to_config(),
             "clip": built.clip,
+            "nouns": built.nouns.vocabulary.to_config() if built.nouns else None,
             "inputs": {name: list(spec.shape[1:]) for name, spec in built.inputs.items()},
         },
     )
+
+
+def check_vocabulary(folder: Path, built) -> None:
+    """Raises UserError if the words or nouns of the data are not those the run was trained with."""
+    saved = read_json(folder / "vocabulary.json")
+    nouns = built.nouns.vocabulary.to_config() if built.nouns else None
+    for name, field, new in (
+        ("words", "tokenizer", built.tokenizer.to_config()),
+        ("nouns", "nouns", nouns),
+    ):
+        old = saved.get(field, new)
+        if old != json.loads(json.dumps(new)):
+            raise UserError(
+                f"{folder} was trained with other {name} than the captions of data.root give now: "
+                "restore the training data that it was started with"
+            )
 
 
 def _plain(config: ConfigDict) -> dict[str, Any]:

@@ -101,22 +101,31 @@ def test_feature_rank_and_late_infinities(tmp_path):
         FeatureArray(tmp_path / "inf.npy")
 
 
-def _precomp(tmp_path, rows, ids=None):
-    np.save(tmp_path / "dev_ims.npy", np.arange(rows * 6, dtype=np.float32).reshape(rows, 2, 3))
-    texts = [f"image {i} caption {j}" for i in range(3) for j in range(2)]
-    texts[3] = ""
+def _precomp(tmp_path, rows, ids=None, dtype=np.float32, per_image=2):
+    """Three images with their captions; features of `rows` rows."""
+    array = np.arange(rows * 6, dtype=dtype).reshape(rows, 2, 3)
+    np.save(tmp_path / "dev_ims.npy", array)
+    texts = [f"image {i} caption {j}" for i in range(3) for j in range(per_image)]
     (tmp_path / "dev_caps.txt").write_text("\n".join(texts) + "\n")
     if ids:
         (tmp_path / "dev_ids.txt").write_text("\n".join(ids) + "\n")
-    return CaptionedFeatures(tmp_path, "dev", captions_per_image=2)
+    return CaptionedFeatures(tmp_path, "dev", captions_per_image=per_image)
 
 
 def test_precomp_layout(tmp_path):
     source = _precomp(tmp_path, 3, ["a", "b", "c"])
     assert source.ids == ("a", "b", "c") and source.labels.shape == (3, 0)
     assert source.captions(2) == ("image 2 caption 0", "image 2 caption 1")
-    assert source.captions(1) == ("image 1 caption 0", "")  # an empty line shifts nothing
     np.testing.assert_array_equal(source.read(2)["features"], [[12, 13, 14], [15, 16, 17]])
+    assert source.nouns_file == tmp_path / "dev_nouns.npz"
+
+
+@pytest.mark.parametrize(("dtype", "per_image"), [(np.float16, 1), (np.float32, 3)])
+def test_precomp_of_any_precision_and_number_of_captions(tmp_path, dtype, per_image):
+    source = _precomp(tmp_path, 3, dtype=dtype, per_image=per_image)
+    assert source.captions(1)[-1] == f"image 1 caption {per_image - 1}"
+    assert len(source) == 3 and len(source.captions(1)) == per_image
+    assert source.read(1)["features"].dtype == dtype
 
 
 def test_precomp_with_one_row_per_caption(tmp_path):
@@ -127,15 +136,53 @@ def test_precomp_with_one_row_per_caption(tmp_path):
 
 
 def test_precomp_counts_must_agree(tmp_path):
-    with pytest.raises(UserError, match="4 rows; 6 captions need 3"):
+    with pytest.raises(UserError) as error:
         _precomp(tmp_path, 4)
+    assert str(error.value) == (
+        f"{tmp_path / 'dev_caps.txt'} ends at line 6, caption 2 of 2 of image 3; the 4 rows of "
+        "features need 8 lines, 2 per image (or 4, one per row); see "
+        "data.options.captions_per_image"
+    )
     with pytest.raises(UserError, match="names 2 images"):
         _precomp(tmp_path, 3, ["a", "b"])
-    with pytest.raises(UserError, match="6 lines are not a multiple of the 5"):
+    with pytest.raises(UserError, match="line 6, caption 1 of 5 of image 2; .* need 15 lines, 5 "):
         CaptionedFeatures(tmp_path, "dev")
+    with pytest.raises(UserError, match="captions_per_image is 0"):
+        CaptionedFeatures(tmp_path, "dev", captions_per_image=0)
     (tmp_path / "dev_caps.txt").unlink()
     with pytest.raises(UserError, match="dev_caps.txt does not exist"):
         CaptionedFeatures(tmp_path, "dev")
+
+
+def test_lines_that_are_no_caption_are_named(tmp_path):
+    _precomp(tmp_path, 3)
+    path = tmp_path / "dev_caps.txt"
+    texts = path.read_text().split("\n")[:6]
+    # A blank line in the middle would pair all that follow with the wrong image.
+    for lines, line, image in ((texts[:3] + ["", *texts[3:5]], 4, 2), (["", *texts[1:]], 1, 1)):
+        path.write_text("\n".join(lines) + "\n")
+        with pytest.raises(UserError, match=f"caps.txt, line {line}: the caption is empty;.*image"):
+            CaptionedFeatures(tmp_path, "dev", captions_per_image=2)
+        with pytest.raises(UserError, match=f"none of the 2 captions of image {image}$"):
+            CaptionedFeatures(tmp_path, "dev", captions_per_image=2)
+    path.write_bytes("\n".join(texts).replace("1 caption 1", "1 na\u00efve").encode("latin-1"))
+    with pytest.raises(UserError, match="caps.txt, line 4: not UTF-8"):
+        CaptionedFeatures(tmp_path, "dev", captions_per_image=2)
+    # Windows' ends of lines and its byte-order mark are none of a caption.
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*texts, "", ""]).encode())
+    source = CaptionedFeatures(tmp_path, "dev", captions_per_image=2)
+    assert [source.captions(i) for i in range(3)] == [tuple(texts[i : i + 2]) for i in (0, 2, 4)]
+
+
+def test_features_that_are_no_regions_are_refused(tmp_path):
+    for array, reason in (
+        (np.zeros((3, 2, 0), np.float32), r"\[3, 2, 0\], not \[n, r, D\]"),
+        (np.zeros((3, 2, 4), np.int64), "are int64, not float16 or float32"),
+        (np.full((3, 2, 4), None), "cannot be read"),
+    ):
+        np.save(tmp_path / "bad.npy", array)
+        with pytest.raises(UserError, match=reason):
+            FeatureArray(tmp_path / "bad.npy")
 
 
 @pytest.mark.realdata

@@ -14,6 +14,7 @@ from trm_jax.data.sources.captions import open_flickr8k
 from trm_jax.data.sources.coco_object import open_coco_object
 from trm_jax.data.sources.features import CaptionedFeatures, open_coco_features
 from trm_jax.data.sources.image_folder import ImageFolder
+from trm_jax.data.sources.karpathy import open_karpathy
 from trm_jax.data.sources.manifest import open_manifest
 from trm_jax.data.sources.mixture import Mixture, open_mixture
 from trm_jax.data.sources.pairs import PairRecords
@@ -109,6 +110,7 @@ DATASETS: dict[str, Callable[..., Source]] = {
     "coco_features": open_coco_features,
     "flickr8k": open_flickr8k,
     "flickr8k_features": CaptionedFeatures,
+    "karpathy": open_karpathy,
     "voc_segmentation": open_voc_segmentation,
     "pascal_context": open_pascal_context,
     "coco_object": open_coco_object,
@@ -121,6 +123,7 @@ DATASETS: dict[str, Callable[..., Source]] = {
 _SPLITS = {
     "flickr8k": ("train", "dev", "test"),
     "flickr8k_features": ("train", "dev", "test"),
+    "karpathy": ("train", "dev", "test"),
 }
 _ROOTLESS = ("glyphs", "mixture")
 _FIXED = ("root", "split")

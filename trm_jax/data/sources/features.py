@@ -22,17 +22,19 @@ _BLOCK = 1 << 16  # bytes
 class FeatureArray:
     """Rows [r, D] of one feature file, memory-mapped (npy) or loaded once per process (npz).
 
-    path: .npy, or .npz with the array under `key`. Raises UserError if the file, the key or the
-    shape is wrong, or if a row holds a NaN or an infinity.
+    path: .npy, or .npz with the array under `key`. Raises UserError if the file, the key, the
+    shape or the type is wrong, or if a row holds a NaN or an infinity.
     """
 
     def __init__(self, path: Path, key: str = ""):
         self._path = path
         self._key = key
         self._array: np.ndarray | None = None
-        shape = self._open().shape
-        if len(shape) not in (3, 4):
+        shape, dtype = self._open().shape, self._open().dtype
+        if len(shape) not in (3, 4) or 0 in shape:
             raise UserError(f"{path}: features are {list(shape)}, not [n, r, D] or [n, h, w, D]")
+        if not np.issubdtype(dtype, np.floating):
+            raise UserError(f"{path}: features are {dtype}, not float16 or float32")
         self._check_finite()
 
     def __len__(self) -> int:
@@ -159,28 +161,27 @@ class CaptionedFeatures:
     root holds {split}_ims.npy [n, r, D] and {split}_caps.txt, k >= 1 lines per image in image
     order (five in Flickr8k, Flickr30k and COCO); {split}_ids.txt names the images. Where ims holds
     one row per caption (the 1:1 layout of SCAN's own files), every k-th row is taken.
+    nouns_file: where the nouns of the captions may be kept, see noun_vocabulary.annotate.
+
+    Raises UserError if the files do not pair up, and for an empty caption, with its line: only the
+    number of a line tells its image, so a line too many shifts all that follow.
     """
 
     class_names: tuple[str, ...] = ()
 
     def __init__(self, root: str | Path, split: str, *, captions_per_image: int = 5):
-        root = Path(root)
+        root, k = Path(root), captions_per_image
+        if k < 1:
+            raise UserError(f"data.options.captions_per_image is {k}; give 1 or more")
+        self.nouns_file = root / f"{split}_nouns.npz"
         self._features = FeatureArray(root / f"{split}_ims.npy")
-        texts = _read_lines(root / f"{split}_caps.txt")
-        if not texts or len(texts) % captions_per_image:
-            raise UserError(
-                f"{root / f'{split}_caps.txt'}: {len(texts)} lines are not a multiple of the "
-                f"{captions_per_image} captions per image"
-            )
-        num_images = len(texts) // captions_per_image
-        if len(self._features) not in (num_images, len(texts)):
-            raise UserError(
-                f"{root / f'{split}_ims.npy'} has {len(self._features)} rows; "
-                f"{len(texts)} captions need {num_images}"
-            )
+        path = root / f"{split}_caps.txt"
+        texts = _read_lines(path)
+        _check_pairs(path, texts, len(self._features), k)
+        num_images = len(texts) // k
         self._stride = len(self._features) // num_images
         self._texts = texts
-        self._per_image = captions_per_image
+        self._per_image = k
         self.ids: Sequence[str] = self._read_ids(root / f"{split}_ids.txt", num_images)
         self.labels = np.zeros((num_images, 0), np.int8)
 
@@ -233,9 +234,37 @@ def open_coco_features(
     )
 
 
+def _check_pairs(path: Path, texts: Sequence[str], rows: int, k: int) -> None:
+    """Raises UserError unless `rows` of features belong to `texts`, k of which are one image's."""
+    empty = next((line for line, text in enumerate(texts, start=1) if not text), None)
+    if empty is not None:
+        raise UserError(
+            f"{path}, line {empty}: the caption is empty; write it there, or delete the line if it "
+            f"is none of the {k} captions of image {(empty - 1) // k + 1}"
+        )
+    count = len(texts)
+    needed = (rows, rows * k)
+    if count % k or count not in needed:
+        last = (count - 1) // k
+        raise UserError(
+            f"{path} ends at line {count}, caption {count - last * k} of {k} of image {last + 1}; "
+            f"the {rows} rows of features need {needed[1]} lines, {k} per image"
+            + (f" (or {needed[0]}, one per row)" if rows % k == 0 else "")
+            + "; see data.options.captions_per_image"
+        )
+
+
 def _read_lines(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; check data.root")
-    # Only "\n" ends a line, and a blank one is an empty caption: both keep the rows aligned.
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        # A byte-order mark is none of the first caption.
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check data.root") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; check data.root") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; save the file in that encoding") from None
+    # Only "\n" ends a line: other marks may stand in a caption, and rows must stay aligned.
+    lines = text.rstrip("\r\n").split("\n")
     return tuple(line.strip() for line in lines)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from trm_jax.models import checks
 from trm_jax.models.clip.transformer import ACTIVATIONS
 from trm_jax.types import UserError
 
@@ -14,20 +15,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Image kinds whose features may go through an MLP projector in place of their own projection.
 PROJECTED = ("groupvit", "vit", "resnet")
 
-_REQUIRED = object()
-_PIXELS = {"image_size": _REQUIRED, "mean": CLIP_MEAN, "std": CLIP_STD}
+_PIXELS = {"image_size": checks.REQUIRED, "mean": CLIP_MEAN, "std": CLIP_STD}
 _IMAGE_FIELDS: dict[str, dict[str, Any]] = {
-    "resnet": {"layers": _REQUIRED, "width": _REQUIRED, "heads": _REQUIRED} | _PIXELS,
+    "resnet": {"layers": checks.REQUIRED, "width": checks.REQUIRED, "heads": checks.REQUIRED}
+    | _PIXELS,
     "vit": {
-        "patch_size": _REQUIRED,
-        "width": _REQUIRED,
-        "layers": _REQUIRED,
-        "heads": _REQUIRED,
+        "patch_size": checks.REQUIRED,
+        "width": checks.REQUIRED,
+        "layers": checks.REQUIRED,
+        "heads": checks.REQUIRED,
         "activation": "quick_gelu",
     }
     | _PIXELS,
     "groupvit": {
-        "patch_size": _REQUIRED,
+        "patch_size": checks.REQUIRED,
         "width": 384,
         "heads": 6,
         "depths": (6, 3, 3),
@@ -36,88 +37,50 @@ _IMAGE_FIELDS: dict[str, dict[str, Any]] = {
         "drop_path": 0.1,
         "activation": "gelu",
         "initializer_range": 0.02,
-        "image_size": _REQUIRED,
+        "image_size": checks.REQUIRED,
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
     },
-    "features": {"width": _REQUIRED, "hidden": _REQUIRED, "skip": True, "pool": "mean"},
+    "features": {"width": checks.REQUIRED, "hidden": checks.REQUIRED, "skip": True, "pool": "mean"},
 }
 _TEXT_FIELDS: dict[str, Any] = {
-    "vocab_size": _REQUIRED,
-    "context_length": _REQUIRED,
-    "width": _REQUIRED,
-    "heads": _REQUIRED,
-    "layers": _REQUIRED,
+    "vocab_size": checks.REQUIRED,
+    "context_length": checks.REQUIRED,
+    "width": checks.REQUIRED,
+    "heads": checks.REQUIRED,
+    "layers": checks.REQUIRED,
     "activation": "quick_gelu",
-    "eos_id": _REQUIRED,
+    "eos_id": checks.REQUIRED,
 }
 _TOP_FIELDS = {
-    "embed_dim": _REQUIRED,
+    "embed_dim": checks.REQUIRED,
     "projector_hidden": 0,
     "dense_pos_embed": False,
     "attention": "xla",
-    "image": _REQUIRED,
-    "text": _REQUIRED,
+    "image": checks.REQUIRED,
+    "text": checks.REQUIRED,
 }
-
-
-def plain(config: Any) -> Any:
-    """A copy of `config` made of dicts and tuples, whatever kind of mapping or list it was."""
-    if isinstance(config, Mapping) or hasattr(config, "items"):
-        return {key: plain(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return tuple(plain(value) for value in config)
-    return config
-
-
-def _complete(given: Any, fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise UserError(f"{where} must be a mapping of fields, not {given!r}")
-    for name in given:
-        if name not in fields:
-            raise UserError(f"{where}.{name} is no field; the fields are {', '.join(fields)}")
-    for name, default in fields.items():
-        if default is _REQUIRED and name not in given:
-            raise UserError(f"{where}.{name} is missing; add it")
-    return {name: given.get(name, default) for name, default in fields.items()}
-
-
-def _positive(section: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    for name in names:
-        value = section[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{where}.{name} must be a positive integer, not {value!r}")
-
-
-def _multiple(value: int, of: int, where: str, of_what: str) -> None:
-    if value % of:
-        raise UserError(f"{where} = {value} must be a multiple of {of_what} = {of}")
-
-
-def _one_of(section: Mapping[str, Any], name: str, choices: Any, where: str) -> None:
-    if section[name] not in choices:
-        raise UserError(
-            f"{where}.{name} = {section[name]!r} must be one of {', '.join(sorted(choices))}"
-        )
 
 
 def _check_image(image: Mapping[str, Any]) -> None:
     where = "model.clip.image"
     if image["kind"] == "features":
-        _positive(image, ("width",), where)
-        _one_of(image, "pool", ("mean", "max_mean"), where)
+        checks.positive(image, ("width",), where)
+        checks.one_of(image, "pool", ("mean", "max_mean"), where)
         return
-    _positive(image, ("width", "heads", "image_size"), where)
+    checks.positive(image, ("width", "heads", "image_size"), where)
     for name in ("mean", "std"):
         if len(image[name]) != 3:
             raise UserError(f"{where}.{name} must have three values, not {image[name]!r}")
     if image["kind"] in ("vit", "groupvit"):
-        _positive(image, ("patch_size",), where)
-        _one_of(image, "activation", ACTIVATIONS, where)
-        _multiple(image["width"], image["heads"], f"{where}.width", "heads")
-        _multiple(image["image_size"], image["patch_size"], f"{where}.image_size", "patch_size")
+        checks.positive(image, ("patch_size",), where)
+        checks.one_of(image, "activation", ACTIVATIONS, where)
+        checks.multiple(image["width"], image["heads"], f"{where}.width", "heads")
+        checks.multiple(
+            image["image_size"], image["patch_size"], f"{where}.image_size", "patch_size"
+        )
         if image["kind"] == "vit":
-            _positive(image, ("layers",), where)
+            checks.positive(image, ("layers",), where)
         else:
             _check_stages(image, where)
         return
@@ -125,9 +88,9 @@ def _check_image(image: Mapping[str, Any]) -> None:
     if not isinstance(layers, tuple) or not layers or not all(depth >= 1 for depth in layers):
         raise UserError(f"{where}.layers must list the blocks of each stage, not {layers!r}")
     stages = 2 ** (len(layers) - 1)
-    _multiple(image["width"] * 4 * stages, image["heads"], "the ResNet's last width", "heads")
-    _multiple(image["image_size"], 4 * stages, f"{where}.image_size", "the total stride")
-    _multiple(image["width"], 2, f"{where}.width", "two")
+    checks.multiple(image["width"] * 4 * stages, image["heads"], "the ResNet's last width", "heads")
+    checks.multiple(image["image_size"], 4 * stages, f"{where}.image_size", "the total stride")
+    checks.multiple(image["width"], 2, f"{where}.width", "two")
 
 
 def _check_stages(image: Mapping[str, Any], where: str) -> None:
@@ -145,9 +108,7 @@ def _check_stages(image: Mapping[str, Any], where: str) -> None:
                 f"{where}.{name} = {counts} must be positive but for a 0 at its end: the last "
                 "stage groups nothing"
             )
-    rate = image["drop_path"]
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise UserError(f"{where}.drop_path must lie in [0, 1), not {rate!r}")
+    checks.rate(image, "drop_path", where)
 
 
 def _counts(values: Any, least: int) -> bool:
@@ -184,23 +145,25 @@ def validate(config: Any) -> dict[str, Any]:
     Raises:
       UserError: a field is missing, unknown or out of range.
     """
-    top = _complete(plain(config), _TOP_FIELDS, "model.clip")
-    _positive(top, ("embed_dim",), "model.clip")
-    _one_of(top, "attention", ("xla", "cudnn"), "model.clip")
+    top = checks.complete(checks.plain(config), _TOP_FIELDS, "model.clip")
+    checks.positive(top, ("embed_dim",), "model.clip")
+    checks.one_of(top, "attention", ("xla", "cudnn"), "model.clip")
     kind = top["image"].get("kind") if isinstance(top["image"], dict) else None
     if kind not in _IMAGE_FIELDS:
         raise UserError(
             f"model.clip.image.kind = {kind!r} must be one of {', '.join(_IMAGE_FIELDS)}"
         )
-    top["image"] = _complete(
-        top["image"], {"kind": _REQUIRED} | _IMAGE_FIELDS[kind], "model.clip.image"
+    top["image"] = checks.complete(
+        top["image"], {"kind": checks.REQUIRED} | _IMAGE_FIELDS[kind], "model.clip.image"
     )
     _check_image(top["image"])
     _check_projector(top)
-    top["text"] = text = _complete(top["text"], _TEXT_FIELDS, "model.clip.text")
-    _positive(text, ("vocab_size", "context_length", "width", "heads", "layers"), "model.clip.text")
-    _one_of(text, "activation", ACTIVATIONS, "model.clip.text")
-    _multiple(text["width"], text["heads"], "model.clip.text.width", "heads")
+    top["text"] = text = checks.complete(top["text"], _TEXT_FIELDS, "model.clip.text")
+    checks.positive(
+        text, ("vocab_size", "context_length", "width", "heads", "layers"), "model.clip.text"
+    )
+    checks.one_of(text, "activation", ACTIVATIONS, "model.clip.text")
+    checks.multiple(text["width"], text["heads"], "model.clip.text.width", "heads")
     if not 0 <= text["eos_id"] < text["vocab_size"]:
         raise UserError(f"model.clip.text.eos_id = {text['eos_id']} lies outside the vocabulary")
     return top

@@ -1,0 +1,19 @@
+"""SCAN with NAPReg on MS-COCO's bottom-up regions; evaluated as the mean of five folds (COCO-1K).
+
+python launch/train.py --config=configs/scan_coco.py --workdir=runs/scan_coco \
+    --config.data.root=PATH/TO/coco_precomp
+
+--config.evaluate.folds=1 ranks all 5,000 images (COCO-5K).
+"""
+
+from configs import common_napreg
+
+
+def get_config(arg: str = ""):
+    """`arg` is data.root, the folder of {split}_ims.npy and {split}_caps.txt."""
+    config = common_napreg.napreg("scan", arg)
+    config.model.matching.scorer.lse_scale = 20.0  # of pooling="lse", for images to texts
+    config.optimizer.update({"learning_rate": 5e-4, "drop_epochs": (10,)})
+    config.train.epochs = 20
+    config.evaluate.folds = 5
+    return config
