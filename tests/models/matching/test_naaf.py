@@ -103,8 +103,7 @@ def test_captions_without_words_and_images_of_zeros(train):
 
     function = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
     for threshold in (0.0, 1.0):  # at 1 no word is there
-        with jax.debug_nans(True):
-            (_, scores), gradients = function(regions, words, threshold)
+        (_, scores), gradients = function(regions, words, threshold)
         np.testing.assert_array_equal(scores[:, 1], 0.0)
         assert np.isfinite(scores).all()
         for gradient in gradients:
@@ -183,6 +182,25 @@ def test_a_batch_moves_the_thresholds_once():
     assert found.count == 0 and not found.mean.any() and not found.moment.any()
 
 
+@pytest.mark.parametrize("deviations, exists", [((0.3, 0.1), True), ((0.0, 0.1), False)])
+def test_a_threshold_below_zero_counts_as_zero(deviations, exists):
+    regions, words, mask = pairs(LENGTHS, **BATCH)
+    moment = 249.0 * np.square(deviations)
+    state = naaf.initial_state()._replace(
+        threshold=jnp.asarray(0.5),
+        safe_threshold=jnp.asarray(0.4),
+        count=jnp.asarray(250.0),
+        mean=jnp.asarray([0.6, 0.2]),
+        moment=jnp.asarray(moment, jnp.float32),
+    )
+    # Every caption ranks its own image last: nothing is added to what was collected.
+    state = BATCHED(state, -np.eye(40, dtype=np.float32), regions, words, mask)
+    root = np.roots([0.08, 2 * (0.6 * 0.01 - 0.2 * 0.09), 0.0036 - 0.0036 + 0.0018 * np.log(1 / 6)])
+    new = 0.7 * root.max() + 0.3 * 0.5, 0.3 * 0.4  # 0.6 - 0.9 < 0
+    np.testing.assert_allclose(state[:2], new if exists else (0.5, 0.4), rtol=1e-5)
+    np.testing.assert_allclose(state.fitted_deviation, deviations, rtol=1e-5)
+
+
 def test_small_batches_are_collected_until_there_are_enough_words():
     regions, words, mask = pairs(LENGTHS, **BATCH)
     state, seen = naaf.initial_state(), []
@@ -218,4 +236,6 @@ def test_pairs_that_do_not_count_change_nothing():
     found_used, found = sequential(state, regions, words, mask, where=where)
     np.testing.assert_allclose(found_used[:6], used, atol=1e-6)
     assert found.count > 10 and found.threshold == 0.0  # too few words
+    _, nobody = sequential(state, regions, words, mask, where=np.zeros(9, bool))
+    assert nobody.threshold == state.threshold
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)

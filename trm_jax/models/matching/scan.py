@@ -85,8 +85,6 @@ class Scan(nn.Module):
             total = jnp.sum(relevance, axis=1, where=where)
             return total / jnp.maximum(where.sum(axis=1), 1)
         if self.pooling == "lse":
-            # A caption without words is pooled over its padding, to be finite.
-            where = where | ~where.any(axis=1, keepdims=True)
             where = jnp.broadcast_to(where, relevance.shape)
             return jax.nn.logsumexp(lse_scale * relevance, axis=1, where=where) / lse_scale
         raise UserError(f"scorer.pooling = {self.pooling!r} must be one of mean, lse")
