@@ -15,7 +15,11 @@ _SCORERS = {
 
 
 def napreg(kind: str, root: str) -> ConfigDict:
-    """The paper's recipe on precomputed regions below `root`; `kind` is scan, sgraf or naaf."""
+    """The paper's recipe; `kind` is scan, sgraf or naaf.
+
+    `root` is a folder of {split}_ims.npy and {split}_caps.txt, or a file of Karpathy's splits
+    (dataset_flickr30k.json), whose regions are then given by data.options.regions.
+    """
     config = retrieval()
     config.model.update({"tokenizer": "words", "matching": {
         "kind": kind,
@@ -31,10 +35,17 @@ def napreg(kind: str, root: str) -> ConfigDict:
         "scorer": _SCORERS[kind],
     }})
     config.model.options.block = 32  # captions that meet the images of a batch at a time
-    config.data.update({
-        "dataset": "flickr8k_features", "root": root, "batch_size": 128,
-        "length_buckets": (12, 16, 24, 32, 48, 80),
-    })
+    config.data.update({"batch_size": 128, "length_buckets": (12, 16, 24, 32, 48, 80)})
+    folder, _, name = root.rpartition("/")
+    if name.endswith(".json"):
+        config.data.update({"dataset": "karpathy", "root": folder or "."})
+        config.data.options.update({
+            "annotations": name, "regions": "", "num_regions": 36, "index_dir": "",
+            "restval": True,
+        })
+    else:
+        config.data.update({"dataset": "flickr8k_features", "root": root})
+        config.data.options.captions_per_image = 5
     config.evaluate.update({"kinds": ("pair_scores",), "batch_size": 128})
     return config
 

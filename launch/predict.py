@@ -106,7 +106,8 @@ def _match(model, images, stacked, out: Path) -> list[dict]:
         chosen = [captions.texts[k] for k in numbers]
         pictures = [images[files[row]] for row in rows]
         matches.draw_attention(model, stacked[rows], pictures, chosen, out, top=_TOP.value)
-    return matches.rankings(scores[Path(_WORKDIR.value).name], files, captions)
+    names = [str(file) for file in files]
+    return matches.rankings(scores[Path(_WORKDIR.value).name], names, captions)
 
 
 def _score(model, images, batches, out: Path) -> list[dict]:

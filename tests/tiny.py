@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from configs import common, simcon_glyphs
+from configs import common, napreg_flickr8k, simcon_glyphs
 from trm_jax.train import experiment, metrics, sharding
 from trm_jax.train.experiment import Experiment
 from trm_jax.train.loop import Job, Run
@@ -100,6 +100,16 @@ def contrastive() -> ConfigDict:
     config.optimizer.update({"learning_rate": 2e-3, "decay": ("kernel$",), "clip": 1.0})
     config.evaluate.kinds = ("retrieval",)
     return shrink(config)
+
+
+def napreg(kind: str = "scan") -> ConfigDict:
+    """NAPReg on regions of a folder, which the caller gives: `scan`, `sgr`, `saf` or `naaf`."""
+    config = shrink(napreg_flickr8k.get_config(kind))
+    config.model.matching.image.width = 6
+    config.data.update({"train_size": 0, "test_size": 0, "length_buckets": (6, 10)})
+    config.train.update({"steps": 6, "log_every": 2, "eval_every": 6, "checkpoint_every": 2})
+    config.nouns.min_count = 1
+    return config
 
 
 def simcon(loss: str = "mv_simcon") -> ConfigDict:

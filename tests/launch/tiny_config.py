@@ -4,11 +4,13 @@ from tests import tiny
 
 
 def get_config(arg: str = ""):
-    """`arg` is "" (images), "cached", "contrastive", "simcon", "manifest" or "typo"."""
+    """`arg` is "", "cached", "contrastive", "simcon", "scan", "saf", "manifest" or "typo"."""
     if arg == "contrastive":
         return tiny.contrastive()
     if arg == "simcon":
         return tiny.simcon("simcon")
+    if arg in ("scan", "saf"):
+        return tiny.napreg(arg)
     if arg not in ("", "cached", "manifest", "typo"):
         raise ValueError(f"tiny_config.py:{arg} is unknown;\ncheck the word after the colon")
     config = tiny.trm_ml(cached=arg == "cached")

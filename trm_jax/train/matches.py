@@ -93,11 +93,11 @@ def draw(
         return captions.owners[j] == files[i].stem if captions.owners[j] else None
 
     def images_of(j: int, matrix: np.ndarray) -> list[FoundImage]:
-        order = np.argsort(-matrix[:, j], kind="stable")[:top]
+        order = np.argsort(-matrix[:, j], kind="stable")[:top].tolist()
         return [FoundImage(images[files[i]], float(matrix[i, j]), hit(i, j)) for i in order]
 
     def texts_of(i: int, matrix: np.ndarray) -> list[FoundText]:
-        order = np.argsort(-matrix[i], kind="stable")[:top]
+        order = np.argsort(-matrix[i], kind="stable")[:top].tolist()
         return [FoundText(captions.texts[j], float(matrix[i, j]), hit(i, j)) for j in order]
 
     lines = [
