@@ -6,9 +6,11 @@ from configs import common
 
 # Of regions against words; `direction`, `pooling` .. of SCAN, `module` .. of SGRAF.
 _SCORERS = {
-    "scan": {"direction": "i2t", "pooling": "mean", "attention_scale": 4.0, "lse_scale": 5.0},
+    # Scales of 0 are the direction's own: 4 and 5 for i2t, 9 and 6 for t2i.
+    "scan": {"direction": "i2t", "pooling": "mean", "attention_scale": 0.0, "lse_scale": 0.0},
     "sgraf": {
         "module": "sgr", "sim_dim": 256, "steps": 3, "dropout": 0.4, "attention_scale": 9.0,
+        "precision": "highest",  # of products on an accelerator; "high", "default"
     },
     "naaf": {"attention_scale": 20.0, "mixing_scale": 5.0, "threshold_update": "batch"},
 }
@@ -34,7 +36,8 @@ def napreg(kind: str, root: str) -> ConfigDict:
         },
         "scorer": _SCORERS[kind],
     }})
-    config.model.options.block = 32  # captions that meet the images of a batch at a time
+    # Captions that meet a batch of images at a time: SGRAF holds a context for each of their words.
+    config.model.options.block = 4 if kind == "sgraf" else 16
     config.data.update({"batch_size": 128, "length_buckets": (12, 16, 24, 32, 48, 80)})
     folder, _, name = root.rpartition("/")
     if name.endswith(".json"):

@@ -181,20 +181,16 @@ def _embed_text(parts: _Regions, params, extras, batch: Batch):
 
 
 def _pair_scores(parts: _Regions, params, extras, batch: Batch):
-    words = batch["words"]
     threshold = extras["naaf"].safe_threshold if "naaf" in extras else jnp.zeros(())
-    thresholds = jnp.broadcast_to(threshold, words.shape[:1])
-    scores, _ = parts.model.apply(
-        _variables(params, extras),
-        batch["regions"],
-        batch["image_global"],
-        words,
-        batch["mask"],
-        batch["caption_global"],
-        thresholds,
-        method="score",
-    )
-    return {"scores": scores}
+    thresholds = jnp.broadcast_to(threshold, batch["words"].shape[:1])
+    variables = _variables(params, extras)
+
+    def score(*captions) -> Any:
+        images = batch["regions"], batch["image_global"]
+        return parts.model.apply(variables, *images, *captions, method="score")
+
+    captions = batch["words"], batch["mask"], batch["caption_global"], thresholds
+    return {"scores": matching.in_blocks(score, captions, parts.block)[0]}
 
 
 def _attention(parts: _Regions, params, extras, batch: Batch):

@@ -6,13 +6,15 @@ from trm_jax.models import checks
 from trm_jax.types import UserError
 
 _SCORERS: dict[str, dict[str, Any]] = {
-    "scan": {"direction": "i2t", "pooling": "mean", "attention_scale": 4.0, "lse_scale": 5.0},
+    # A scale of 0 is the direction's own, see scan.py.
+    "scan": {"direction": "i2t", "pooling": "mean", "attention_scale": 0.0, "lse_scale": 0.0},
     "sgraf": {
         "module": "sgr",
         "sim_dim": 256,
         "steps": 3,
         "dropout": 0.4,
         "attention_scale": 9.0,
+        "precision": "highest",
     },
     "naaf": {"attention_scale": 20.0, "mixing_scale": 5.0, "threshold_update": "batch"},
 }
@@ -63,13 +65,17 @@ def _text(given: Any) -> dict[str, Any]:
 
 
 def _check_scorer(kind: str, scorer: dict[str, Any], where: str) -> None:
-    checks.above_zero(scorer, ("attention_scale",), where)
     if kind == "scan":
         checks.one_of(scorer, "direction", ("t2i", "i2t"), where)
         checks.one_of(scorer, "pooling", ("mean", "lse"), where)
-        checks.above_zero(scorer, ("lse_scale",), where)
-    elif kind == "sgraf":
+        for name in ("attention_scale", "lse_scale"):
+            if scorer[name]:
+                checks.above_zero(scorer, (name,), where)
+        return
+    checks.above_zero(scorer, ("attention_scale",), where)
+    if kind == "sgraf":
         checks.one_of(scorer, "module", ("sgr", "saf"), where)
+        checks.one_of(scorer, "precision", ("highest", "high", "default"), where)
         checks.positive(scorer, ("sim_dim", "steps"), where)
         checks.rate(scorer, "dropout", where)
     else:

@@ -187,6 +187,8 @@ def in_blocks(
 def _scorer(config: Mapping[str, Any]) -> nn.Module:
     scorer = dict(config["scorer"])
     if config["kind"] == "scan":
+        for name in ("attention_scale", "lse_scale"):
+            scorer[name] = scorer[name] or None
         return Scan(**scorer)
     if config["kind"] == "naaf":
         del scorer["threshold_update"]  # of the state, see methods/pair_models.py
