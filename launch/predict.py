@@ -6,7 +6,8 @@ Multi-label runs give every class a probability and show where they looked. Two-
 images for each --query, and segment them into --classes, whichever names you give. Runs that score
 pairs rank the images for each of --captions=FILE (lines "caption" or "image<TAB>caption") and the
 captions for each image, beside another run's with --compare=WORKDIR, and show where words look.
-Runs on precomputed features read them from --features=FILE.npz, or FILE_ims.npy with FILE_ids.txt.
+Runs on precomputed features read them from --features: FILE.npz, NAME_ims.npy with NAME_ids.txt, or
+bottom-up regions as a TSV or a folder of npz files, which have boxes to show.
 """
 
 import json
@@ -17,9 +18,10 @@ import cv2
 import numpy as np
 from absl import flags
 
+from trm_jax.data.feature_files import FeatureFile
 from trm_jax.data.sources.base import read_image
 from trm_jax.data.tokenizers import names_with_unknown_words
-from trm_jax.train import matches, predictor
+from trm_jax.train import matches, predictor, workdirs
 from trm_jax.types import BadSampleError, UserError
 from trm_jax.visualize.ranking import render_ranking
 from trm_jax.visualize.regions import render_heatmaps
@@ -33,7 +35,7 @@ _CLASSES = flags.DEFINE_list("classes", [], "Class names to segment images into 
 _CAPTIONS = flags.DEFINE_string("captions", "", "Text file with captions (runs that score pairs)")
 _COMPARE = flags.DEFINE_multi_string("compare", [], "Folder of a run to show beside this one")
 _FEATURES = flags.DEFINE_string(
-    "features", "", "npz with image_ids and features, FILE[:KEY], or NAME_ims.npy"
+    "features", "", "npz with image_ids and features, FILE[:KEY], NAME_ims.npy, TSV or folder"
 )
 _TOP = flags.DEFINE_integer("top", 5, "Heat maps or ranked images per picture", lower_bound=1)
 
@@ -44,25 +46,26 @@ def main(arguments: list[str]) -> None:
     """Writes predictions.jsonl and the pictures; unreadable images are named and skipped."""
     files = _image_files([*_IMAGES.value, *arguments])
     out = Path(_OUT.value)
-    features = _read_features(_FEATURES.value) if _FEATURES.value else {}
-    images = {}
+    regions = FeatureFile(_FEATURES.value, _regions()) if _FEATURES.value else None
+    images, features = {}, []
     for file in files:
         try:
-            images[file] = read_image(file)
-            if features and _image_id(file) not in features:
-                raise BadSampleError(f"{file}: {_FEATURES.value} has no features for it")
+            image = read_image(file)
+            if regions is not None:
+                features.append(regions.read(file))
+            images[file] = image
         except BadSampleError as error:
             print(f"skipped {error}")
     if not images:
         raise UserError("none of the images can be used")
-    stacked = np.stack([features[_image_id(f)] for f in images]) if features else None
+    stacked = np.stack(features) if features else None
     model = predictor.load(_WORKDIR.value, stacked)
     if stacked is None and "features" in model.inputs:
         raise UserError("this run reads precomputed features; give them with --features=FILE.npz")
     batches = list(_batches(model, images, stacked))
     out.mkdir(parents=True, exist_ok=True)
     if "pair_scores" in model.method.predict:
-        _finish(_match(model, images, stacked, out), out)
+        _finish(_match(model, images, stacked, regions, out), out)
         return
     if _CAPTIONS.value or _COMPARE.value:
         raise UserError("--captions and --compare are for runs that score pairs")
@@ -83,13 +86,19 @@ def main(arguments: list[str]) -> None:
     _finish(lines, out)
 
 
+def _regions() -> int:
+    """Regions of an image that the run was made for, 0 if it does not say."""
+    matching = workdirs.read_config(Path(_WORKDIR.value)).model.get("matching", None)
+    return matching.image.regions if matching else 0
+
+
 def _finish(lines: list[dict], out: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (out / "predictions.jsonl").write_text(text)
     print(f"{len(lines)} predictions in {out / 'predictions.jsonl'}")
 
 
-def _match(model, images, stacked, out: Path) -> list[dict]:
+def _match(model, images, stacked, regions, out: Path) -> list[dict]:
     """Rankings of images and captions, side by side with those of other runs."""
     if _QUERY.value or _CLASSES.value or not _CAPTIONS.value:
         raise UserError("this run scores pairs: give its captions with --captions=FILE")
@@ -105,7 +114,10 @@ def _match(model, images, stacked, out: Path) -> list[dict]:
         rows, numbers = (list(part) for part in zip(*pairs, strict=True))
         chosen = [captions.texts[k] for k in numbers]
         pictures = [images[files[row]] for row in rows]
-        matches.draw_attention(model, stacked[rows], pictures, chosen, out, top=_TOP.value)
+        boxes = [regions.boxes(files[row], images[files[row]].shape[:2]) for row in rows]
+        matches.draw_attention(
+            model, stacked[rows], pictures, chosen, out, boxes=boxes, top=_TOP.value
+        )
     names = [str(file) for file in files]
     return matches.rankings(scores[Path(_WORKDIR.value).name], names, captions)
 
@@ -192,38 +204,6 @@ def _image_files(given: list[str]) -> list[Path]:
     if not files:
         raise UserError(f"--images: no image ({', '.join(_ENDINGS)}) in {', '.join(given)}")
     return files
-
-
-def _image_id(file: Path) -> str:
-    """COCO's file names are zero-padded ids; other names are compared as they are."""
-    return str(int(file.stem)) if file.stem.isdigit() else file.stem
-
-
-def _read_features(value: str) -> dict[str, np.ndarray]:
-    path, _, key = value.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--features: there is no file {path}")
-    if path.endswith("_ims.npy"):
-        return _read_precomputed(path)
-    with np.load(path) as arrays:
-        keys = [name for name in arrays.files if name != "image_ids"]
-        key = key or keys[-1]
-        if "image_ids" not in arrays.files or key not in keys:
-            raise UserError(f"--features: {path} needs image_ids and {key or 'a feature array'}")
-        grid = arrays[key]
-        flat = grid.reshape(len(grid), -1, grid.shape[-1])
-        return dict(zip(map(str, arrays["image_ids"]), flat, strict=True))
-
-
-def _read_precomputed(path: str) -> dict[str, np.ndarray]:
-    """NAME_ims.npy [n, r, D] with NAME_ids.txt, one image a line."""
-    ids = Path(path.removesuffix("_ims.npy") + "_ids.txt")
-    if not ids.is_file():
-        raise UserError(f"--features: {path} needs {ids} beside it, the names of its images")
-    names, rows = ids.read_text(encoding="utf-8").split(), np.load(path, mmap_mode="r")
-    if len(names) != len(rows):
-        raise UserError(f"--features: {ids} names {len(names)} images, {path} has {len(rows)}")
-    return {_image_id(Path(name)): row for name, row in zip(names, rows, strict=True)}
 
 
 if __name__ == "__main__":

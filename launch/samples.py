@@ -14,6 +14,7 @@ from absl import flags
 from tqdm import tqdm
 
 from trm_jax.data import used_samples
+from trm_jax.data.caption_pairs import caption_owners
 from trm_jax.data.examples import captioned
 from trm_jax.train import datasets, workdirs
 from trm_jax.train.checkpoints import Checkpoints
@@ -42,9 +43,11 @@ def main(arguments: list[str]) -> None:
             f"data.root gives {len(train):,} training samples, the run had "
             f"{report['dataset']['train']:,}; restore what it was started with"
         )
-    # A run without a label mask learns from captions.
+    # A run without a label mask learns from captions: one of each image, or all of them.
     has_labels = report["label_mask_sha256"] is not None
     indices = range(len(train)) if has_labels else captioned(train)
+    if config.data.get("length_buckets", ()):
+        indices = caption_owners(train)
     counts = used_samples.visits(len(indices), config.data.batch_size, seed=config.seed, steps=step)
     skipped = set(report["skipped_samples"])
     samples = used_samples.used_samples(train, indices, counts, skipped)

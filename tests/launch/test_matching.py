@@ -3,12 +3,14 @@
 import json
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
 from tests import tiny
 from tests.data import taggers
 from tests.launch.conftest import CONFIG, ROOT, _launch
+from trm_jax.train.predictor import load
 
 _CAPTIONS = ("A dog .", "dogs and kids", "A red box in Paris", "the Alps", "kids .")
 
@@ -118,6 +120,27 @@ def test_prediction_shows_hits_in_both_directions_and_where_words_look(
     assert pictures == {
         "images_of_captions.png", "captions_of_images.png", "attention_0.png", "attention_1.png",
     }  # fmt: skip
+
+
+def test_an_export_scores_pairs_without_this_package(launch, runs, tmp_path):
+    assert launch("export", f"--workdir={runs / 'saf'}", f"--out={tmp_path}").code == 0
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "model.safetensors", "config.json", "vocabulary.json", "README.md", "predict.stablehlo",
+    }  # fmt: skip
+    model = load(runs / "saf")
+    features = np.random.default_rng(0).normal(size=(3, 9, 6)).astype(np.float32)
+    texts = ("A dog .", "dogs and kids")
+    exported = jax.export.deserialize(bytearray((tmp_path / "predict.stablehlo").read_bytes()))
+    found = exported.call({"features": features, "tokens": model.tokenizer(texts, 10)})["scores"]
+    np.testing.assert_allclose(found, model.match(features, texts), rtol=1e-5, atol=1e-6)
+
+
+def test_the_samples_of_a_run_are_its_images_by_their_captions(launch, runs, tmp_path):
+    out = tmp_path / "samples.tsv"
+    assert launch("samples", f"--workdir={runs / 'scan'}", f"--out={out}").code == 0
+    lines = [line.split("\t") for line in out.read_text().splitlines()]
+    # Six steps of eight pairs: two epochs of the 24 captions, two of each image.
+    assert lines == [[f"photo{number}.jpg", "4"] for number in range(12)]
 
 
 def _changed(data, tmp_path, change):

@@ -29,6 +29,12 @@ class Nouns(Protocol):
         ...
 
 
+def caption_owners(source: Source) -> np.ndarray:
+    """int32 [captions]: the image of each caption, in the order of the source."""
+    counts = [len(source.captions(index)) for index in range(len(source))]
+    return np.repeat(np.arange(len(source), dtype=np.int32), counts)
+
+
 class CaptionTexts:
     """All captions of a source as tokens [length], for the text side of pair scores.
 
@@ -47,11 +53,10 @@ class CaptionTexts:
         self.buckets = tuple(int(size) for size in buckets)
         if not self.buckets or list(self.buckets) != sorted({*self.buckets}) or buckets[0] < 3:
             raise UserError(f"data.length_buckets={buckets} must be ascending lengths of 3 or more")
-        pairs = [(i, text) for i in range(len(source)) for text in source.captions(i)]
-        if not pairs:
+        self.image_index = caption_owners(source)
+        if not len(self.image_index):
             raise UserError("this dataset has no captions; choose another data.dataset or method")
-        self.image_index = np.asarray([i for i, _ in pairs], np.int32)
-        self.texts = tuple(text for _, text in pairs)
+        self.texts = tuple(text for i in range(len(source)) for text in source.captions(i))
         self.tokens = tokenizer(self.texts, self.buckets[-1])
         self.lengths = np.maximum((self.tokens != 0).sum(1), 1).astype(np.int32)
         self.order = np.argsort(self.lengths, kind="stable")

@@ -45,12 +45,13 @@ def used_samples(
 
     Args:
       source: the training data.
-      indices: [n] positions in `source` of the examples, all or those with captions.
+      indices: [n] positions in `source` of the examples: all, those with captions, or one for
+        each caption.
       counts: int32 [n], see `visits`.
       skipped: ids of the samples that could not be read.
     """
     total = np.zeros(len(source), np.int64)
-    total[np.asarray(indices)] = counts
+    np.add.at(total, np.asarray(indices), counts)
     if hasattr(source, "first_visit"):  # a mixture, in which a sample has several positions
         positions = np.flatnonzero(total)
         first: Any = source.first_visit(positions)  # pyright: ignore[reportAttributeAccessIssue]
