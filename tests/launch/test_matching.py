@@ -7,31 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
-from tests.data import taggers
+from tests import precomputed, tiny
 from tests.launch.conftest import CONFIG, ROOT, _launch
 from trm_jax.train.predictor import load
-
-_CAPTIONS = ("A dog .", "dogs and kids", "A red box in Paris", "the Alps", "kids .")
-
-
-def _write_split(root, split, images):
-    """Nine regions of width 6 and two captions an image."""
-    rng = np.random.default_rng(len(split))
-    features = rng.normal(size=(images, 9, 6)).astype(np.float16)
-    np.save(root / f"{split}_ims.npy", features)
-    lines = [_CAPTIONS[number % 5] for number in range(2 * images)]
-    (root / f"{split}_caps.txt").write_text("\n".join(lines) + "\n")
-    (root / f"{split}_ids.txt").write_text("".join(f"photo{i}.jpg\n" for i in range(images)))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """(folder of precomputed regions, folder of the tagger's files)."""
-    root = tmp_path_factory.mktemp("precomp")
-    _write_split(root, "train", 12)
-    _write_split(root, "test", 6)
-    return root, taggers.write_json(root / "tagger")
+    return precomputed.write(tmp_path_factory.mktemp("precomp"))
 
 
 def _flags(data, kind="scan"):
