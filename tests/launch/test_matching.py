@@ -46,6 +46,9 @@ def test_a_run_ranks_all_pairs_and_keeps_its_nouns(runs, data):
     # Twenty-four captions: five of each of the first four, four of the last.
     counts = dict(zip(saved["nouns"]["nouns"], saved["nouns"]["counts"], strict=True))
     assert counts == {"dog": 10, "kid": 9, "box": 5, "paris": 5, "alp": 5}
+    counts = json.loads((runs / "scan" / "run.json").read_text())["dataset"]
+    assert counts["captions"] == 24 and counts["proxies"] == 5
+    assert counts["captions_without_noun"] == 0
     assert saved["tokenizer"]["kind"] == "words" and saved["clip"]["kind"] == "scan"
 
 

@@ -39,6 +39,15 @@ class Nouns:
         found = (self.vocabulary.index.get(noun) for _, _, noun in self._found[number])
         return np.asarray(sorted({k for k in found if k is not None}), np.int32)
 
+    def report(self) -> dict[str, int]:
+        """How many captions and proxies there are, and captions that name no proxy."""
+        without = sum(not len(self.of_caption(number)) for number in range(len(self._texts)))
+        return {
+            "captions": len(self._texts),
+            "proxies": len(self.vocabulary),
+            "captions_without_noun": without,
+        }
+
 
 def open_nouns(config: ConfigDict, train: Source, tokenizer, cache_dir: Path) -> Nouns | None:
     """Tags the training captions, or reads the tags made before; None for methods without nouns.
