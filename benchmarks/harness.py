@@ -57,6 +57,7 @@ _NOT_IN_FINGERPRINT = (
     "train.checkpoint_every",
     "train.keep",
     "evaluate.pictures",
+    "model.options.block",
 )
 # Fields younger than the first records, which were measured with what is the default now. A
 # section that is empty, such as data.test_options, never counts.

@@ -20,6 +20,8 @@ _MAY_DIFFER = (
     "data.test_root",
     "prompts.remat",
     "model.clip.attention",
+    "model.options.block",
+    "nouns.tagger",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
