@@ -124,7 +124,7 @@ def test_fields_younger_than_the_records_count_only_where_they_are_set(tasks):
         without = with_default.copy_and_resolve_references()
         del without[section][name]
         other = with_default.copy_and_resolve_references()
-        other[section][name] = {str: "x", list: (1,)}.get(type(value), 0.5)
+        other[section][name] = {str: "x", list: (1,), int: 5}.get(type(value), 0.5)
         prints = [
             harness.Task("", (), 0, c, measure.training_curve).fingerprint()
             for c in (with_default, without, other)
