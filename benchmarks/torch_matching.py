@@ -150,8 +150,106 @@ class Sgraf:
         return _unit(torch.bmm(gates, nodes)[:, 0])
 
 
+def make(
+    config: Mapping[str, Any], params: Any, statistics: Any, threshold: float, device: str
+) -> Any:
+    """The scorer of a matching model, with our weights.
+
+    Args:
+      config: validated, see trm_jax/models/matching/config.py.
+      params, statistics: nested mappings of arrays, empty for SCAN and NAAF.
+      threshold: of NAAF.
+      device: of torch.
+    """
+    scorer = config["scorer"]
+    if config["kind"] == "scan":
+        scale = scorer["attention_scale"] or {"t2i": 9.0, "i2t": 4.0}[scorer["direction"]]
+        return Scan(scorer["direction"], scale)
+    if config["kind"] == "naaf":
+        return Naaf(threshold, scorer["attention_scale"], scorer["mixing_scale"])
+    params, statistics = tensors(params, device), tensors(statistics, device)
+    return Sgraf(scorer["module"], params, statistics, scorer["attention_scale"], scorer["steps"])
+
+
+class Evaluation:
+    """Scores of images and captions, batch of images by batch of images.
+
+    Args:
+      scorer: by `make`.
+      images: batches of regions [n, r, d].
+      captions: words [T, d] of any lengths.
+      device: of torch.
+    """
+
+    def __init__(
+        self, scorer: Any, images: Sequence[np.ndarray], captions: Sequence[np.ndarray], device: str
+    ):
+        self.scorer = scorer
+        self.captions = [tensors(words, device) for words in captions]
+        with torch.no_grad():
+            regions = [tensors(batch, device) for batch in images]
+            self.images = [(batch, scorer.prepare(batch, False)) for batch in regions]
+
+    def __call__(self) -> np.ndarray:
+        """[all images, captions]; waits for a GPU."""
+        with torch.no_grad():
+            found = [scores(self.scorer, *both, self.captions) for both in self.images]
+            return torch.cat(found).cpu().numpy()
+
+
+class Step:
+    """Scores of a batch of images with captions, and gradients of their weighted sum.
+
+    Args:
+      scorer: by `make`.
+      regions: [n, r, d].
+      whole: [n, d], the images' global vectors; not read by SCAN and NAAF.
+      captions: words [T, d] of any lengths.
+      weights: [n, captions].
+      device: of torch.
+    """
+
+    def __init__(
+        self,
+        scorer: Any,
+        regions: np.ndarray,
+        whole: np.ndarray,
+        captions: Sequence[np.ndarray],
+        weights: np.ndarray,
+        device: str,
+    ):
+        self.scorer, self.weights = scorer, tensors(weights, device)
+        self.images = [tensors(side, device).requires_grad_() for side in (regions, whole)]
+        self.captions = [tensors(words, device).requires_grad_() for words in captions]
+        self.leaves = [*self.images, *self.captions]
+        if isinstance(scorer, Sgraf):
+            self.leaves += [leaf.requires_grad_() for leaf in _leaves(scorer.params)]
+
+    def __call__(self) -> np.ndarray:
+        """The scores [n, captions]; waits for a GPU, the gradients included."""
+        for leaf in self.leaves:
+            leaf.grad = None
+        regions, whole = self.images
+        found = scores(self.scorer, regions, whole, self.captions, train=True)
+        (found * self.weights).sum().backward()
+        found = found.detach().cpu().numpy()
+        if self.weights.is_cuda:
+            torch.cuda.synchronize()
+        return found
+
+    def word_gradients(self) -> list[np.ndarray]:
+        """[T, d] of each caption, of the last call."""
+        return [leaf.grad.cpu().numpy() for leaf in self.captions if leaf.grad is not None]
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Mapping):
+        return [leaf for value in tree.values() for leaf in _leaves(value)]
+    return [tree]
+
+
 def scores(
-    scorer: Any, regions: Tensor, whole: Any, captions: Sequence[Tensor], train: bool
+    scorer: Any, regions: Tensor, whole: Any, captions: Sequence[Tensor], train: bool = False
 ) -> Tensor:
     """Scores [n, m] of images [n, r, d] with captions [T, d], in a loop; `whole` by `prepare`."""
     return torch.stack([scorer.caption(regions, whole, words, train) for words in captions], dim=1)
