@@ -246,13 +246,13 @@ def training(task: Task, model: Model) -> Callable[..., tuple[Any, Any]]:
             variables = {"params": params, **statistics}
             return model.module.apply(variables, *arguments, True, method=method)
 
-        def score(*captions) -> Any:
-            return apply(regions, whole, *captions, method="score")
+        def score(*both) -> Any:
+            return apply(*both, method="score")
 
         captions: Any = apply(words, mask, method="prepare_captions")
-        thresholds = jnp.full(len(words), THRESHOLD)
-        everything = (words, mask, captions, thresholds)
-        scores, _ = matching.in_blocks(score, everything, task.captions_at_a_time)
+        texts = words, mask, captions, jnp.full(len(words), THRESHOLD)
+        images, settings = (regions, whole), model.module.config
+        scores, _ = pair_models.in_blocks(settings, score, images, texts, task.captions_at_a_time)
         return jnp.sum(weights * scores), scores
 
     return jax.value_and_grad(weighted, argnums=(0, 1, 2, 3), has_aux=True)

@@ -1,4 +1,4 @@
-"""Two real processes on this machine train SimCon, stop, resume and fail as one."""
+"""Two real processes on this machine train, stop, resume and fail as one."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests import tiny
+from tests import precomputed, tiny
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
@@ -107,6 +107,30 @@ def test_two_processes_give_the_numbers_of_one(workdir, tmp_path):
         for name in ("loss", "grad_norm", "positives_image", "Rsum", "mIoU"):
             if name in mine:
                 np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-6, err_msg=name)
+
+
+def test_two_processes_score_pairs_as_one_does(tmp_path):
+    # The halves of a batch have captions of other lengths: both must cut it to the same bucket.
+    root, tagger = precomputed.write(tmp_path)
+    fields = {"log_every": 1, "steps": 4, "eval_every": 4, "checkpoint_every": 4}
+    flags = [f"--config.train.{name}={value}" for name, value in fields.items()]
+    flags += [f"--config.data.root={root}", "--config.data.options.captions_per_image=2"]
+    flags += [f"--config.nouns.tagger={tagger}", f"--workdir={tmp_path / 'two'}"]
+    words = ("launch/train.py", "--config=tests/launch/tiny_config.py:scan", *flags)
+    ends = _run(words, words)
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    config = tiny.napreg("scan")
+    config.train.update(fields)
+    config.data.root, config.data.options.captions_per_image = str(root), 2
+    config.nouns.tagger = str(tagger)
+    tiny.run(tiny.build(config, tmp_path).job, tmp_path / "one", tiny.mesh(2))
+    one, two = tiny.lines(tmp_path / "one"), tiny.lines(tmp_path / "two")
+    assert len(one) == len(two) == 4 + 1 + 1
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in ("loss", "loss_nouns", "grad_norm", "score_hardest", "Rsum"):
+            if name in mine:
+                np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5, err_msg=name)
 
 
 def test_another_config_on_one_process_ends_both(workdir):

@@ -13,10 +13,14 @@ import jax.numpy as jnp
 
 from trm_jax.losses.cosine import normalize
 from trm_jax.models.clip import towers
+from trm_jax.models.matching import attention, naaf, sgraf
 from trm_jax.models.matching import model as matching
-from trm_jax.models.matching import naaf, sgraf
 from trm_jax.models.placement import replicated, sharded_rows
 from trm_jax.types import ArraySpec, Batch, BatchSpec, PyTree, UserError
+
+# Images that meet a block of captions at a time on a CPU: it is fastest where what there is of all
+# their pairs stays in its cache (benchmarks/scoring.py). Accelerators take all of a batch.
+_CPU_IMAGES = 32
 
 
 class PairModel(NamedTuple):
@@ -89,6 +93,34 @@ def build(config: Mapping[str, Any], inputs: BatchSpec, *, dtype, block: int) ->
     )
 
 
+def in_blocks(
+    config: Mapping[str, Any],
+    score: Callable[..., Any],
+    images: tuple[jax.Array, ...],
+    captions: tuple[jax.Array, ...],
+    block: int,
+) -> tuple[jax.Array, jax.Array]:
+    """All scores of a matching model, see `models.matching.model.in_blocks`.
+
+    Args:
+      config: of the model.
+      score: (regions, *rest of the images, *captions) -> (scores, statistics); its regions are
+        prepared.
+      images: regions [n, r, d] and more arrays [n, ...].
+      captions: arrays [m, ...].
+      block: captions at a time, 0 for all.
+    """
+
+    def of_images(regions, *rest):
+        prepared = attention.prepare(regions)
+        return lambda *some: score(prepared, *rest, *some)
+
+    # SAF's statistics are those of all images.
+    whole = jax.default_backend() != "cpu" or config["kind"] == "sgraf"
+    image_block = 0 if whole else _CPU_IMAGES * jax.device_count()
+    return matching.in_blocks(of_images, images, captions, block=block, image_block=image_block)
+
+
 class _Regions(NamedTuple):
     model: matching.MatchingModel
     config: Mapping[str, Any]
@@ -129,10 +161,11 @@ def _region_scores(parts: _Regions, params, extras, batch: Batch, key, train: bo
     extras = {**extras, **new}
     thresholds, extras = _thresholds(parts, extras, regions, words, mask, valid, train)
 
-    def score(*captions):
+    def score(regions, images, valid, *captions):
         return apply(regions, images, *captions, train, valid, method="score")
 
-    scores, statistics = matching.in_blocks(score, (words, mask, captions, thresholds), parts.block)
+    sides = (regions, images, valid), (words, mask, captions, thresholds)
+    scores, statistics = in_blocks(parts.config, score, *sides, parts.block)
     if statistics.shape[1]:
         own = sgraf.with_statistics(extras["batch_stats"]["scorer"], statistics, mask.any(1))
         extras = {**extras, "batch_stats": {**extras["batch_stats"], "scorer": own}}
@@ -185,12 +218,12 @@ def _pair_scores(parts: _Regions, params, extras, batch: Batch):
     thresholds = jnp.broadcast_to(threshold, batch["words"].shape[:1])
     variables = _variables(params, extras)
 
-    def score(*captions) -> Any:
-        images = batch["regions"], batch["image_global"]
-        return parts.model.apply(variables, *images, *captions, method="score")
+    def score(*both) -> Any:
+        return parts.model.apply(variables, *both, method="score")
 
+    images = batch["regions"], batch["image_global"]
     captions = batch["words"], batch["mask"], batch["caption_global"], thresholds
-    return {"scores": matching.in_blocks(score, captions, parts.block)[0]}
+    return {"scores": in_blocks(parts.config, score, images, captions, parts.block)[0]}
 
 
 def _attention(parts: _Regions, params, extras, batch: Batch):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trm_jax.models.matching.attention import similarities
+from trm_jax.models.matching.attention import columns, similarities
 
 
 def unit(x):
@@ -37,5 +37,5 @@ def padded(words, mask, extra=2):
 
 def least_gap(regions, words, mask, level=0.0):
     """How far similarities stay from `level`: from 0, where LeakyReLU bends, or a threshold."""
-    found = np.abs(np.asarray(similarities(regions, words)) - level)
+    found = np.abs(np.asarray(similarities(regions, columns(words))) - level)
     return found.transpose(3, 2, 0, 1)[mask].min()

@@ -132,17 +132,18 @@ def test_a_context_that_nearly_cancels_out_makes_no_cosine_beyond_one():
     weights = weights + 1e-5 * rng.normal(size=weights.shape)
     regions = jnp.asarray(regions, jnp.float32)
     words = jnp.asarray(unit(rng.normal(size=(20, 3, 4))), jnp.float32)
-    similarity = attention.similarities(regions, words)
+    similarity = attention.similarities(regions, attention.columns(words))
     weights = jnp.broadcast_to(jnp.float32(weights)[..., None, None], similarity.shape)
-    assert attention.squared_norms(weights, regions).min() < 0.0
-    cosines = attention.attended_cosine(weights, similarity, regions)
+    gram = attention.gram(regions)
+    assert attention.squared_norms(weights, gram).min() < 0.0
+    cosines = attention.attended_cosine(weights, similarity, gram)
     assert 0.0 < np.abs(cosines).max() <= 1.0
 
 
 def test_attention_is_a_softmax_over_what_may_be_seen():
     regions, words, mask = pairs((4, 2, 3), images=2, regions=5, width=6)
     # Words as the context of regions, so that some of it is padding.
-    similarity = np.asarray(attention.similarities(words, regions))
+    similarity = np.asarray(attention.similarities(words, attention.columns(regions)))
     weights = np.asarray(attention.attention(similarity, 30.0, mask))
     x = np.where(similarity > 0, similarity, 0.1 * similarity)
     x = x[mask] / np.linalg.norm(x[mask], axis=1, keepdims=True)
@@ -156,7 +157,8 @@ def test_attention_is_a_softmax_over_what_may_be_seen():
 def test_matched_attention_is_the_diagonal_of_all_pairs():
     regions, words, mask = pairs((4, 0, 3), images=3, regions=5, width=6)
     weights, contexts = attention.matched_attention(regions, *padded(words, mask, extra=0))
-    unnormalised = attention.attention(attention.similarities(regions, words), 9.0)
+    similarity = attention.similarities(regions, attention.columns(words))
+    unnormalised = attention.attention(similarity, 9.0)
     own = np.einsum("nrtn->ntr", np.asarray(unnormalised))
     np.testing.assert_allclose(
         weights, (own / own.sum(-1, keepdims=True)) * mask[..., None], atol=1e-6

@@ -11,9 +11,14 @@ context,
 
     <query, sum_i e_i v_i> = sum_i e_i s_i    and    |sum_i e_i v_i|^2 = e' G e.
 
+What captions share, the Gram matrix of an image and its regions with d as the first axis (as the
+product of matrices reads its second operand), is made by `prepare`, outside of loops over captions.
+
 Gradients are written out where the automatic ones make XLA transpose arrays of all pairs, which
 takes a CPU several times longer than the products.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +36,41 @@ def _product(left: Array, right: Array, over: tuple, batch: tuple = ((), ())) ->
     return jax.lax.dot_general(left, right, (over, batch), precision=_EXACT)
 
 
+class Regions(NamedTuple):
+    """Regions of images and what all captions share of them; jit drops what is not read.
+
+    vectors: [n, r, d] of unit norm.
+    columns: [d, r, n], the same.
+    gram: [n, r, r] inner products of the regions of an image.
+    """
+
+    vectors: Array
+    columns: Array
+    gram: Array
+
+
+def prepare(regions: Float[AnyArray, "n r d"] | Regions) -> Regions:
+    """Regions [n, r, d] with what captions share of them; what is prepared stays as it is."""
+    if isinstance(regions, Regions):
+        return regions
+    vectors = jnp.asarray(regions)
+    return Regions(vectors, columns(vectors), gram(vectors))
+
+
+def columns(vectors: Float[AnyArray, "b j d"]) -> Float[Array, "d j b"]:
+    """Vectors as `similarities` reads its queries."""
+    return jnp.asarray(vectors).transpose(2, 1, 0)
+
+
+def gram(context: Float[AnyArray, "a i d"]) -> Float[Array, "a i i"]:
+    """Inner products of the vectors of each context."""
+    context = jnp.asarray(context)
+    return _product(context, context, ((2,), (2,)), ((0,), (0,)))
+
+
 @jax.custom_vjp
 def _similarities(context, queries):
-    return _product(context, queries, ((2,), (2,)))
+    return _product(context, queries, ((2,), (0,)))
 
 
 def _similarities_forward(context, queries):
@@ -42,20 +79,24 @@ def _similarities_forward(context, queries):
 
 def _similarities_backward(operands, cotangent):
     context, queries = operands
-    to_context = _product(cotangent, queries, ((2, 3), (0, 1)))
+    to_context = _product(cotangent, queries, ((2, 3), (1, 2)))
     # The cotangent comes second: of the two operands, XLA transposes the first, the small one.
-    to_queries = _product(context, cotangent, ((0, 1), (0, 1)))
-    return to_context, to_queries.transpose(1, 2, 0)
+    return to_context, _product(context, cotangent, ((0, 1), (0, 1)))
 
 
 _similarities.defvjp(_similarities_forward, _similarities_backward)
 
 
 def similarities(
-    context: Float[AnyArray, "a i d"], queries: Float[AnyArray, "b j d"]
+    context: Float[AnyArray, "a i d"], queries: Float[AnyArray, "d j b"]
 ) -> Float[Array, "a i j b"]:
-    """Inner products of all vectors of all contexts with all vectors of all query sets."""
-    return _similarities(jnp.asarray(context), jnp.asarray(queries).transpose(1, 0, 2))
+    """Inner products of all vectors of all contexts with all vectors of all query sets.
+
+    Args:
+      context: [a, i, d].
+      queries: [d, j, b], from `columns`.
+    """
+    return _similarities(jnp.asarray(context), jnp.asarray(queries))
 
 
 def relevance(similarity: Float[AnyArray, "a i j *b"]) -> Float[Array, "a i j *b"]:
@@ -92,55 +133,52 @@ def attention(
 
 
 @jax.custom_vjp
-def _squared_norms(weights, context):
-    return _squared_norms_forward(weights, context)[0]
+def _squared_norms(weights, gram):
+    return _squared_norms_forward(weights, gram)[0]
 
 
-def _squared_norms_forward(weights, context):
-    gram = _product(context, context, ((2,), (2,)), ((0,), (0,)))
+def _squared_norms_forward(weights, gram):
     mixed = _product(gram, weights, ((2,), (1,)), ((0,), (0,)))
-    return jnp.sum(weights * mixed, axis=1), (weights, mixed, context)
+    return jnp.sum(weights * mixed, axis=1), (weights, mixed)
 
 
 def _squared_norms_backward(saved, cotangent):
-    weights, mixed, context = saved
+    weights, mixed = saved
     cotangent = cotangent[:, None]
     to_gram = _product(weights * cotangent, weights, ((2, 3), (2, 3)), ((0,), (0,)))
-    # G is symmetric, and so is the gradient with respect to it.
-    to_context = 2.0 * _product(to_gram, context, ((2,), (1,)), ((0,), (0,)))
-    return 2.0 * cotangent * mixed, to_context
+    return 2.0 * cotangent * mixed, to_gram
 
 
 _squared_norms.defvjp(_squared_norms_forward, _squared_norms_backward)
 
 
 def squared_norms(
-    weights: Float[AnyArray, "a i j b"], context: Float[AnyArray, "a i d"]
+    weights: Float[AnyArray, "a i j b"], gram: Float[AnyArray, "a i i"]
 ) -> Float[Array, "a j b"]:
     """|sum_i weights_i context_i|^2, by the Gram matrix of the context.
 
     Rounding may leave it slightly below zero where the context cancels out.
     """
-    return _squared_norms(jnp.asarray(weights), jnp.asarray(context))
+    return _squared_norms(jnp.asarray(weights), jnp.asarray(gram))
 
 
 def attended_cosine(
     weights: Float[AnyArray, "a i j b"],
     similarity: Float[AnyArray, "a i j b"],
-    context: Float[AnyArray, "a i d"],
+    gram: Float[AnyArray, "a i i"],
 ) -> Float[Array, "a j b"]:
     """Cosine of each query with sum_i weights_i context_i.
 
     Args:
       weights: as from `attention`: the greatest over i is 1, or all are 0.
       similarity: from `similarities`, of queries of unit norm (or zero, at padding).
-      context: [a, i, d], of unit norm.
+      gram: [a, i, i] of the context, whose vectors have unit norm.
 
     Returns:
       [a, j, b] in [-1, 1]; 0 where the query or what it attends to is zero.
     """
     product = jnp.sum(weights * similarity, axis=1)
-    square = squared_norms(weights, context)
+    square = squared_norms(weights, gram)
     # At least the product's square: where a context nearly cancels out, rounding must not make a
     # cosine beyond 1.
     square = jnp.maximum(jnp.maximum(square, product * product), _TINY)

@@ -84,7 +84,7 @@ class MatchingModel(nn.Module):
 
     def score(
         self,
-        regions: Float[AnyArray, "n r d"],
+        regions: Float[AnyArray, "n r d"] | attention.Regions,
         image_global: Float[AnyArray, "n g"],
         words: Float[AnyArray, "m T d"],
         mask: Bool[AnyArray, "m T"],
@@ -96,7 +96,7 @@ class MatchingModel(nn.Module):
         """Scores of all pairs.
 
         Args:
-          regions, words: as encoded. mask: true at real words.
+          regions, words: as encoded; the regions may be `prepare`d. mask: true at real words.
           image_global, caption_global: from `prepare_images` and `prepare_captions`.
           threshold: of each caption, for NAAF.
           train: SAF takes statistics over the images for each caption.
@@ -157,18 +157,48 @@ def init(model: MatchingModel, key: Key) -> dict[str, PyTree]:
 
 
 def in_blocks(
-    function: Callable[..., tuple[Array, Array]], captions: tuple[Array, ...], block: int
+    function: Callable[..., Callable[..., tuple[Array, Array]]],
+    images: tuple[Array, ...],
+    captions: tuple[Array, ...],
+    *,
+    block: int,
+    image_block: int = 0,
 ) -> tuple[Float[Array, "n m"], Float[Array, "m s"]]:
-    """`function` of all captions, `block` at a time; the backward pass computes a block again.
+    """Scores of all images with all captions, so many at a time; the gradient scores them again.
 
     Args:
-      function: captions of a block -> (scores [n, b], statistics [b, s]).
-      captions: arrays [m, ...]; the last block is filled up with zeros.
-      block: captions of a block, 0 for all at once.
+      function: images of a block -> (captions of a block -> (scores [a, b], statistics [b, s])).
+        What the outer function does is done once for its images.
+      images: arrays [n, ...].
+      captions: arrays [m, ...].
+      block: captions of a block, 0 for all at once. The last one is filled up with zeros.
+      image_block: the same of images; only for a function without statistics (s = 0), which would
+        be those of a block.
 
     Returns:
       (scores [n, m], statistics [m, s]).
     """
+    count = images[0].shape[0]
+    if not image_block or image_block >= count:
+        return _caption_blocks(function(*images), captions, block)
+    number = -(-count // image_block)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, number * image_block - count), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(number, image_block, *x.shape[1:])
+
+    def one(item: tuple[Array, ...]) -> Array:
+        scores, statistics = _caption_blocks(function(*item), captions, block)
+        if statistics.size:
+            raise ValueError("statistics over the images need image_block=0")
+        return scores
+
+    scores = jax.lax.map(one, tuple(map(cut, images)))
+    return scores.reshape(-1, scores.shape[-1])[:count], jnp.zeros((scores.shape[-1], 0))
+
+
+def _caption_blocks(function: Callable, captions: tuple[Array, ...], block: int):
+    """(scores [n, m], statistics [m, s]) of captions [m, ...], `block` at a time."""
     count = captions[0].shape[0]
     if not block or block >= count:
         return function(*captions)

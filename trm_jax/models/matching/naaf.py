@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from trm_jax.models import AnyArray
-from trm_jax.models.matching.attention import attended_cosine, attention, similarities
+from trm_jax.models.matching.attention import (
+    Regions,
+    attended_cosine,
+    attention,
+    columns,
+    prepare,
+    similarities,
+)
 
 ENOUGH_WORDS = 200  # the Gaussians are fitted to more words than this
 _RATE = 0.7  # the share of what is new in the thresholds' moving average
@@ -43,7 +50,7 @@ class Naaf(nn.Module):
     @nn.compact
     def __call__(
         self,
-        regions: Float[AnyArray, "n r d"],
+        regions: Float[AnyArray, "n r d"] | Regions,
         words: Float[AnyArray, "m T d"],
         mask: Bool[AnyArray, "m T"],
         *,
@@ -53,17 +60,17 @@ class Naaf(nn.Module):
         """Scores in about [-2, 2]; 0 for a caption without words.
 
         Args:
-          regions: of unit norm.
+          regions: of unit norm; once `prepare`d for all blocks of captions.
           words: of unit norm; padding is never read.
           mask: true at the real words of a caption.
           threshold: of all captions or of each: `NaafState.threshold` in training,
             `NaafState.safe_threshold` in evaluation. It gets no gradient.
           train: which of the two first terms.
         """
-        mask = jnp.asarray(mask)
+        images, mask = prepare(regions), jnp.asarray(mask)
         words = jnp.where(mask[..., None], words, 0.0)
         threshold = jax.lax.stop_gradient(jnp.asarray(threshold)).reshape(1, 1, -1)
-        similarity = similarities(regions, words)  # [n, r, T, m]
+        similarity = similarities(images.vectors, columns(words))  # [n, r, T, m]
         greatest = similarity.max(axis=1)
         excess = greatest - threshold
         if train:
@@ -76,7 +83,7 @@ class Naaf(nn.Module):
         above = similarity - jax.lax.stop_gradient(greatest)[:, None]
         above = jnp.exp(self.attention_scale * above)
         above = jnp.where(similarity > threshold[:, None], above, 0.0)
-        there = attended_cosine(above, similarity, regions)
+        there = attended_cosine(above, similarity, images.gram)
         weights = attention(similarity, self.attention_scale)
         seen = jnp.sum(weights * similarity, axis=1) / jnp.sum(weights, axis=1)
         scores = jnp.sum(missing + there + seen, axis=1, where=mask.T[None])

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from trm_jax.models import AnyArray
-from trm_jax.models.matching.attention import attended_cosine, attention, similarities
+from trm_jax.models.matching.attention import (
+    Regions,
+    attended_cosine,
+    attention,
+    columns,
+    gram,
+    prepare,
+    similarities,
+)
 from trm_jax.types import UserError
 
 # Of each direction: lambda of the softmax, lambda of LogSumExp. The paper has 20 for the second of
@@ -40,7 +48,7 @@ class Scan(nn.Module):
     @nn.compact
     def __call__(
         self,
-        regions: Float[AnyArray, "n r d"],
+        regions: Float[AnyArray, "n r d"] | Regions,
         words: Float[AnyArray, "m T d"],
         mask: Bool[AnyArray, "m T"],
         *,
@@ -49,7 +57,7 @@ class Scan(nn.Module):
         """Scores; 0 for a caption without words.
 
         Args:
-          regions: of unit norm.
+          regions: of unit norm; once `prepare`d for all blocks of captions.
           words: of unit norm; padding is never read.
           mask: true at the real words of a caption.
           train: training and evaluation do not differ.
@@ -65,17 +73,17 @@ class Scan(nn.Module):
         scale, lse_scale = SCALES[self.direction]
         scale = scale if self.attention_scale is None else self.attention_scale
         lse_scale = lse_scale if self.lse_scale is None else self.lse_scale
-        mask = jnp.asarray(mask)
+        images, mask = prepare(regions), jnp.asarray(mask)
         words = jnp.where(mask[..., None], words, 0.0)
         if self.direction == "t2i":
-            similarity = similarities(regions, words)
+            similarity = similarities(images.vectors, columns(words))
             weights = attention(similarity, scale)
-            relevance = attended_cosine(weights, similarity, regions)  # [n, T, m]
+            relevance = attended_cosine(weights, similarity, images.gram)  # [n, T, m]
             scores = self._pool(relevance, mask.T[None], lse_scale)
         else:
-            similarity = similarities(words, regions)
+            similarity = similarities(words, images.columns)
             weights = attention(similarity, scale, mask)
-            relevance = attended_cosine(weights, similarity, words)  # [m, r, n]
+            relevance = attended_cosine(weights, similarity, gram(words))  # [m, r, n]
             scores = self._pool(relevance, jnp.ones((1, relevance.shape[1], 1), bool), lse_scale).T
         return jnp.where(mask.any(axis=1)[None], scores, 0.0)
 

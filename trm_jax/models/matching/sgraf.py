@@ -15,7 +15,14 @@ from jaxtyping import Array, Bool, Float
 
 from trm_jax.losses.cosine import normalize
 from trm_jax.models import AnyArray
-from trm_jax.models.matching.attention import attention, similarities, squared_norms
+from trm_jax.models.matching.attention import (
+    Regions,
+    attention,
+    columns,
+    prepare,
+    similarities,
+    squared_norms,
+)
 from trm_jax.types import PyTree, UserError
 
 _EPSILON = 1e-5
@@ -296,7 +303,7 @@ class Sgraf(nn.Module):
 
     def __call__(
         self,
-        regions: Float[AnyArray, "n r d"],
+        regions: Float[AnyArray, "n r d"] | Regions,
         image_global: Float[AnyArray, "n d"] | None,
         words: Float[AnyArray, "m T d"],
         mask: Bool[AnyArray, "m T"],
@@ -308,7 +315,7 @@ class Sgraf(nn.Module):
         """Scores of all images and a block of captions; 0 for a caption without words.
 
         Args:
-          regions: of unit norm.
+          regions: of unit norm; once `prepare`d for all blocks of captions.
           image_global: from `prepare_images`; None: computed here.
           words: of unit norm; padding is never read.
           mask: true at the real words of a caption.
@@ -319,14 +326,14 @@ class Sgraf(nn.Module):
         Returns:
           (scores, SAF's statistics of each caption in training, for `with_statistics`, else None).
         """
-        mask = jnp.asarray(mask)
+        images, mask = prepare(regions), jnp.asarray(mask)
         words = jnp.where(mask[..., None], words, 0.0)
         if image_global is None:
-            image_global = self.prepare_images(regions, train, where)
+            image_global = self.prepare_images(images.vectors, train, where)
         if caption_global is None:
             caption_global = self.prepare_captions(words, mask, train)
         with jax.default_matmul_precision(self.precision):
-            nodes = self._similarity_vectors(regions, image_global, words, caption_global)
+            nodes = self._similarity_vectors(images, image_global, words, caption_global)
             present = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
             statistics = None
             if self.module == "sgr":
@@ -339,16 +346,16 @@ class Sgraf(nn.Module):
         return jnp.where(mask.any(axis=1)[None], scores, 0.0), statistics
 
     def _similarity_vectors(
-        self, regions: AnyArray, image_global: AnyArray, words: Array, caption_global: AnyArray
+        self, images: Regions, image_global: AnyArray, words: Array, caption_global: AnyArray
     ) -> Array:
         """[n, m, 1 + T, sim_dim] of unit norm: the global one, then the words'."""
-        regions = jnp.asarray(regions)
-        weights = attention(similarities(regions, words), self.attention_scale)
+        similarity = similarities(images.vectors, columns(words))
+        weights = attention(similarity, self.attention_scale)
         # The contexts' norm by the Gram matrix: no further sum over their d numbers.
-        norms = jnp.maximum(squared_norms(weights, regions), _TINY)
+        norms = jnp.maximum(squared_norms(weights, images.gram), _TINY)
         weights = (weights * jax.lax.rsqrt(norms)[:, None]).swapaxes(2, 3)  # [n, r, m, T]
         n, r, m, length = weights.shape
-        contexts = _contexts(weights.reshape(n, r, m * length), regions)
+        contexts = _contexts(weights.reshape(n, r, m * length), images.vectors)
         local = (contexts.reshape(n, m, length, -1) - words[None]) ** 2
         whole = (image_global[:, None] - caption_global[None]) ** 2
         local, whole = self.local_similarity(local), self.global_similarity(whole)
