@@ -38,6 +38,7 @@ setup(
         "pillow>=11",
         "pycocotools>=2.0.8",
         "safetensors>=0.5",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.22",

@@ -40,17 +40,17 @@ def test_captions_are_as_long_as_those_of_flickr8k_and_sorted():
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_flop_are_those_of_xla_where_no_loop_hides_them(scorer):
     # Vectors so long that what is done to the entries of all pairs hardly counts.
-    task = TINY._replace(scorer=scorer, images=4, regions=8, width=1024, sim_dim=256, block=0)
+    task = TINY._replace(scorer=scorer, images=16, regions=8, width=1024, sim_dim=128, block=0)
     model, draw = programs.make_model(task), programs.Draw(task.width)
-    lengths = np.full(4, 12)
-    sides = programs.image_side(model, draw.regions(4, 8)) | programs.caption_side(
+    lengths = np.full(16, 12)
+    sides = programs.image_side(model, draw.regions(16, 8)) | programs.caption_side(
         model, *draw.words(lengths, 12)
     )
     compiled = programs.evaluation(model).lower(model.params, model.extras, sides).compile()
     costs: Any = compiled.cost_analysis()
-    counted = costs["flops"] / programs.flop(task, 4, lengths)
+    counted = costs["flops"] / programs.flop(task, 16, lengths)
     # SGRAF makes similarity vectors of squared differences, entry by entry: 3 d beside 2 d s.
-    assert 1.0 <= counted < 1.06, counted
+    assert 1.0 <= counted < 1.08
 
 
 @pytest.mark.parity

@@ -1,24 +1,21 @@
-"""Word vectors as GloVe and fastText publish them: a text file, a word and its numbers a line.
+"""Word vectors of some words from a file of GloVe, word2vec or fastText.
 
-Sources: Pennington et al., "GloVe: Global Vectors for Word Representation", EMNLP 2014; Bojanowski
-et al., "Enriching Word Vectors with Subword Information", TACL 2017, whose files start with a line
-of two numbers, the count of words and the width.
+`read` takes them in one pass. `open_file` finds them by an index that is kept beside the file, so
+that all further reading is by position: for runs that learn late which words they need.
+word_vector_files.py has the formats.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 from tqdm import tqdm
 
+from trm_jax.data import word_vector_files as files
+from trm_jax.data.word_vector_index import WordIndex, open_index
 from trm_jax.types import UserError
-
-# A line of a text file of vectors is shorter; a file without line ends is not read as one.
-_LONGEST = 1 << 20
-_ARCHIVES = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip archive"}
 
 
 def read(
@@ -26,12 +23,12 @@ def read(
 ) -> tuple[Float[np.ndarray, "V D"], Bool[np.ndarray, " V"]]:
     """The vectors of some words.
 
-    The file is read line by line, so that one of several gigabytes needs little memory. Words are
+    The file is read word by word, so that one of several gigabytes needs little memory. Words are
     compared as they are written, case included; of two lines of one word the first counts. The
     width of every line is checked, the numbers of those that are asked for.
 
     Args:
-      path: of the file, GloVe's or fastText's text format.
+      path: of the file, in any format of word_vector_files.py.
       words: V of them; an empty one is in no file.
       width: D of the model, None to take any.
 
@@ -39,13 +36,13 @@ def read(
       (float32 [V, D], zero where the file lacks the word; whether it has the word).
 
     Raises:
-      UserError: the file cannot be read, is empty, cut off, no such text or of another width, or
+      UserError: the file cannot be read, is empty, cut off, no such file or of another width, or
         a line has another width than the first or something that is not a finite number.
     """
     places: dict[bytes, list[int]] = {}
     for place, word in enumerate(words):
         if word:
-            places.setdefault(word.encode(errors="surrogatepass"), []).append(place)
+            places.setdefault(_encoded(word), []).append(place)
     try:
         with path.open("rb") as file:
             return _read(path, file, places, len(words), width)
@@ -53,106 +50,178 @@ def read(
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
+class WordVectors:
+    """The vectors of one file, each looked up where an index says that it stands.
+
+    Nothing but the index is held; the file is open during a call only.
+
+    Args: see `open_file`, which makes these.
+
+    Attributes:
+      path: of the file.
+      width: D, of each vector.
+    """
+
+    def __init__(self, path: Path, layout: files.Layout, index: WordIndex):
+        self.path = path
+        self.width = layout.width
+        self._layout = layout
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index.keys)
+
+    def __contains__(self, word: str) -> bool:
+        return bool(self.has([word])[0])
+
+    def has(self, words: Sequence[str]) -> Bool[np.ndarray, " V"]:
+        """Whether the file has each word as it is written; it has no empty one."""
+        return self._offsets(words) >= 0
+
+    def read(self, words: Sequence[str]) -> tuple[Float[np.ndarray, "V D"], Bool[np.ndarray, " V"]]:
+        """(float32 [V, D], zero where the file lacks the word; whether it has the word).
+
+        Raises UserError if the file cannot be read, was changed since it was opened, or has
+        something that is not a finite number in one of these vectors.
+        """
+        offsets = self._offsets(words)
+        matrix = np.zeros((len(words), self.width), np.float32)
+        try:
+            with self.path.open("rb") as file:
+                for row in map(int, np.argsort(offsets, kind="stable")):  # from front to back
+                    if offsets[row] >= 0:
+                        matrix[row] = self._vector(file, int(offsets[row]), words[row])
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror})") from None
+        return matrix, offsets >= 0
+
+    def _offsets(self, words: Sequence[str]) -> np.ndarray:
+        offsets = self._index.find([_encoded(word) for word in words])
+        return np.where([bool(word) for word in words], offsets, -1)
+
+    def _vector(self, file: BinaryIO, offset: int, word: str) -> np.ndarray:
+        payload = files.payload_at(self.path, file, self._layout, offset, _encoded(word))
+        return files.decode(self.path, self._layout, payload, f"the vector of {word!r}")
+
+
+def open_file(path: Path, width: int | None = None, *, cache: Path | None = None) -> WordVectors:
+    """Opens a file of vectors by the index that is kept of it; the first time the file is scanned.
+
+    Args:
+      path: of the file, in any format of word_vector_files.py.
+      width: D that the vectors must have, None to take any.
+      cache: a folder for the index where the file's own cannot be written, see `open_index`.
+
+    Raises:
+      UserError: the file cannot be read, is empty, cut off, no such file or of another width, or
+        a line has another width than the first.
+    """
+
+    def scan() -> Iterable[tuple[int, bytes]]:
+        with path.open("rb") as file:
+            for record in _shown(files.records(path, file, layout)):
+                yield record.offset, record.word
+
+    try:
+        with path.open("rb") as file:
+            layout = files.layout_of(path, file)
+        if width is not None and layout.width != width:
+            raise UserError(
+                f"{path} has vectors of width {layout.width}, {width} is needed; take the file "
+                "that the others are from"
+            )
+        return WordVectors(path, layout, open_index(path, scan, cache=cache))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+class Found(NamedTuple):
+    """Vectors of V words.
+
+    vectors: float32 [V, D], zero where none was found. found: which have one. composed: whose
+    vector is the mean of their parts' and stands in the file for no word.
+    """
+
+    vectors: Float[np.ndarray, "V D"]
+    found: Bool[np.ndarray, " V"]
+    composed: Bool[np.ndarray, " V"]
+
+    @property
+    def missing(self) -> int:
+        """The number of words without a vector."""
+        return int((~self.found).sum())
+
+
+def read_any_case(source: WordVectors, words: Sequence[str]) -> Found:
+    """The vectors of some words, if need be of their lower case or of their parts.
+
+    A word is looked up as it is written, then in lower case. One of several tokens ("traffic
+    light", "traffic_light") is looked up with spaces and with "_" between them; if the file has it
+    in no form, its vector is the mean of its tokens' vectors, each found in the same way. Tokens
+    without a vector are left out of the mean: some files have no "of".
+
+    Args:
+      source: the vectors.
+      words: V of them.
+
+    Raises:
+      UserError: see `WordVectors.read`.
+    """
+    parts = {word: word.replace("_", " ").split() for word in words}
+    forms = {word: _forms(word, " ".join(tokens)) for word, tokens in parts.items()}
+    for token in [token for tokens in parts.values() for token in tokens]:
+        forms.setdefault(token, _forms(token, token))
+    every = list(dict.fromkeys(form for several in forms.values() for form in several))
+    there = {form for form, has in zip(every, source.has(every), strict=True) if has}
+    written = {
+        word: next((form for form in several if form in there), None)
+        for word, several in forms.items()
+    }
+    used = list(dict.fromkeys(form for form in written.values() if form is not None))
+    row = {form: number for number, form in enumerate(used)}
+    table, _ = source.read(used)
+    matrix = np.zeros((len(words), source.width), np.float32)
+    found, composed = np.zeros(len(words), bool), np.zeros(len(words), bool)
+    for place, word in enumerate(words):
+        whole = written[word]
+        chosen = [whole] if whole is not None else [written[token] for token in parts[word]]
+        rows = [row[form] for form in chosen if form is not None]
+        if rows:
+            matrix[place] = table[rows].mean(axis=0)
+            found[place], composed[place] = True, whole is None
+    return Found(matrix, found, composed)
+
+
+def _forms(word: str, spaced: str) -> list[str]:
+    """How a file may have a word, the best first; `spaced` is the word with spaces in it."""
+    written = [word, spaced, spaced.replace(" ", "_")]
+    return [form for form in dict.fromkeys([*written, *map(str.lower, written)]) if form]
+
+
 def _read(
     path: Path, file: BinaryIO, places: dict[bytes, list[int]], size: int, wanted: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    lines = _lines(path, file)
-    first = next(lines, None)
-    if first is None:
-        raise UserError(f"{path} is empty; fetch it again")
-    header = _header(first)
-    if header is None:
-        lines = itertools.chain([first], lines)
-    count, width = header or (None, first.count(b" "))
-    if width < 1:
-        raise UserError(f"{path}: line 1 is not a word and its numbers; this is no file of vectors")
-    if wanted is not None and width != wanted:
+    layout = files.layout_of(path, file)
+    if wanted is not None and layout.width != wanted:
         raise UserError(
-            f"{path} has vectors of width {width}, the model embeds words in {wanted}; set "
-            f"model.matching.text.embedding={width} or take another file"
+            f"{path} has vectors of width {layout.width}, the model embeds words in {wanted}; set "
+            f"model.matching.text.embedding={layout.width} or take another file"
         )
-    matrix = np.zeros((size, width), np.float32)
+    matrix = np.zeros((size, layout.width), np.float32)
     found = np.zeros(size, bool)
-    before = 1 if header else 0
-    number = before
-    shown = tqdm(lines, desc="reading word vectors", unit=" words", disable=None)
-    for number, line in enumerate(shown, start=before + 1):
-        plain = line.count(b" ") == width
-        word = line[: line.find(b" ")] if plain else _spaced(path, number, line, width)
-        rows = places.get(word)
+    kind = "word" if layout.binary else "line"
+    for record in _shown(files.records(path, file, layout)):
+        rows = places.get(record.word)
         if rows is not None and not found[rows[0]]:
-            matrix[rows] = _numbers(path, number, line[len(word) + 1 :])
+            place = f"{kind} {record.number}"
+            matrix[rows] = files.decode(path, layout, record.payload, place)
             found[rows] = True
-    if count is not None and number - before != count:
-        raise UserError(
-            f"{path} has {number - before} words, its first line says {count}; if it was cut off, "
-            "fetch it again, else correct that line"
-        )
     return matrix, found
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Lines without their ends; only b"\\n" ends one, since words may hold other separators."""
-    number = 0
-    while line := file.readline(_LONGEST):
-        number += 1
-        if number == 1:
-            _check_head(path, line)
-        if len(line) == _LONGEST:
-            raise UserError(f"{path}: line {number} is too long; this is no text file of vectors")
-        yield line.rstrip(b" \r\n")
+def _shown(records: Iterable[files.Record]) -> tqdm:
+    return tqdm(records, desc="reading word vectors", unit=" words", disable=None)
 
 
-def _check_head(path: Path, line: bytes) -> None:
-    for magic, kind in _ARCHIVES.items():
-        if line.startswith(magic):
-            raise UserError(f"{path} is {kind}; unpack it and give the text file inside")
-    if b"\0" in line:
-        raise UserError(f"{path} is no text; give the text form of the vectors (.txt, .vec)")
-
-
-def _header(line: bytes) -> tuple[int, int] | None:
-    """fastText's (number of words, width), None if the line is none."""
-    fields = line.split(b" ")
-    if len(fields) == 2 and all(field.isdigit() for field in fields):
-        return int(fields[0]), int(fields[1])
-    return None
-
-
-def _spaced(path: Path, number: int, line: bytes, width: int) -> bytes:
-    """The word of a line of another width, if it is one with spaces, as the largest GloVe has."""
-    fields = line.rsplit(b" ", width)
-    word = fields[0]
-    if len(fields) <= width or _is_number(word.rsplit(b" ", 1)[-1]):
-        raise UserError(
-            f"{path}: line {number} has {line.count(b' ')} numbers, not {width}; the file is "
-            "damaged, fetch it again"
-        )
-    return word
-
-
-def _numbers(path: Path, number: int, text: bytes) -> np.ndarray:
-    fields = text.split(b" ")
-    try:
-        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
-            vector = np.array([float(field) for field in fields], np.float32)
-    except ValueError:
-        wrong = next(field for field in fields if not _is_number(field))
-        raise UserError(
-            f"{path}: line {number} has {wrong.decode(errors='replace')!r} in place of a number; "
-            "the file is damaged, fetch it again"
-        ) from None
-    if not np.isfinite(vector).all():
-        raise UserError(
-            f"{path}: line {number} has a number that is not finite; the file is damaged, fetch "
-            "it again"
-        )
-    return vector
-
-
-def _is_number(field: bytes) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
+def _encoded(word: str) -> bytes:
+    return word.encode(errors="surrogatepass")

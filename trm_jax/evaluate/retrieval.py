@@ -49,7 +49,11 @@ def ranks(
 
 def recalls(scores: ArrayLike, image_of_text: ArrayLike, *, block: int = 256) -> dict[str, float]:
     """i2t_R@1, i2t_R@5, i2t_R@10, t2i_R@1, .. and Rsum (their sum), in per cent; see `ranks`."""
-    to_text, to_image = ranks(scores, image_of_text, block=block)
+    return recalls_of(*ranks(scores, image_of_text, block=block))
+
+
+def recalls_of(to_text: np.ndarray, to_image: np.ndarray) -> dict[str, float]:
+    """The same of the ranks of the right answers, to images' queries and to texts'."""
     values = {f"i2t_R@{k}": 100.0 * float((to_text < k).mean()) for k in _LEVELS}
     values |= {f"t2i_R@{k}": 100.0 * float((to_image < k).mean()) for k in _LEVELS}
     return values | {"Rsum": sum(values.values())}
