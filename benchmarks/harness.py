@@ -62,6 +62,10 @@ _NOT_IN_FINGERPRINT = (
 # Fields younger than the first records, which were measured with what is the default now. A
 # section that is empty, such as data.test_options, never counts.
 _LATER_FIELDS = {
+    "data.batch_size_schedule": [],
+    "model.knowledge": {},
+    "words": {},
+    "rows": {},
     "data.test_dataset": "",
     "data.test_root": "",
     "data.caption_shuffle": 0.0,

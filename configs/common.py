@@ -10,7 +10,7 @@ def base() -> ConfigDict:
     """Every field a run may have, with the defaults of the paper's recipe where it has one."""
     return ConfigDict({
         "seed": 0,
-        "method": "trm_ml",  # trm_ml, dualcoop, contrastive, simcon, napreg
+        "method": "trm_ml",  # trm_ml, dualcoop, contrastive, simcon, napreg, mask
         "model": {
             # A file of weights, a hub repository owner/name@revision, an architecture's name
             # (OpenAI's weights), "glyphs" or "random"
@@ -19,6 +19,7 @@ def base() -> ConfigDict:
             "architecture": "",  # of OpenAI's CLIP, such as "RN101" ...
             "clip": {},  # ... and what differs from it, or all fields of the towers
             "matching": {},  # or a model that scores regions against words (common_napreg.py)
+            "knowledge": {},  # or one of regions with words on them (common_mask.py)
             "options": {},  # keyword arguments of methods/<method>.make
             "initial_from": "",  # an exported model to start from ...
             "initial_params": (),  # ... for the parameters that match these regexes
@@ -31,6 +32,7 @@ def base() -> ConfigDict:
             "text_length": 32,
             "length_buckets": (),  # lengths of a batch's texts, where every caption is an example
             "batch_size": 128,
+            "batch_size_schedule": (),  # of method mask: (epochs, batch size), one after the other
             "train_size": 0,  # 0: all; glyph scenes are endless and need a number
             "test_size": 0,
             "test_dataset": "",  # where evaluation reads, if not from the same dataset: a name, ...
@@ -51,6 +53,8 @@ def base() -> ConfigDict:
         },
         "prompts": {},
         "nouns": {},
+        "words": {},
+        "rows": {},
         "loss": {},
         "memory": {},
         "optimizer": {

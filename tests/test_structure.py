@@ -118,7 +118,7 @@ def test_configs_import_only_ml_collections_and_common():
             path
         )
         shared = {n for n in _imports(path) if n.startswith("configs")}
-        assert shared <= {"configs.common", "configs.common_napreg"}, path
+        assert shared <= {"configs.common", "configs.common_mask", "configs.common_napreg"}, path
 
 
 def test_config_fields_have_no_hidden_defaults():

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from configs import common, napreg_flickr8k, simcon_glyphs
+from configs import common, mask_coco_subset, napreg_flickr8k, simcon_glyphs
 from trm_jax.train import experiment, metrics, sharding
 from trm_jax.train.experiment import Experiment
 from trm_jax.train.loop import Job, Run
@@ -44,6 +44,10 @@ def shrink(config: ConfigDict) -> ConfigDict:
         config.model.architecture = ""
     if config.model.matching:
         _shrink_matching(config)
+    elif config.model.knowledge:
+        config.model.knowledge.update({"width": 16, "heads": 2})
+        config.rows.update({"regions": 6, "samples": 8, "most": 9})
+        config.data.batch_size_schedule = ()
     else:
         shrink_clip(config.model.clip)
     config.model.update({"pretrained": "random", "initial_from": "", "initial_params": ()})
@@ -109,6 +113,16 @@ def napreg(kind: str = "scan") -> ConfigDict:
     config.data.update({"train_size": 0, "test_size": 0, "length_buckets": (6, 10)})
     config.train.update({"steps": 6, "log_every": 2, "eval_every": 6, "checkpoint_every": 2})
     config.nouns.min_count = 1
+    return config
+
+
+def mask(regions: Path, test: Path, vectors: Path) -> ConfigDict:
+    """MASK on the files of tests/knowledge_data.py."""
+    config = shrink(mask_coco_subset.get_config(f"{regions},{test},{vectors}"))
+    config.data.update({"train_size": 0, "test_size": 0})
+    config.data.test_options.captions_per_image = 2
+    config.rows.most = 4
+    config.loss.kl_weight = 0.01
     return config
 
 

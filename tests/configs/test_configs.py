@@ -1,6 +1,7 @@
 """Every config builds, is consumed to the last field, and its shrunk copy trains."""
 
 import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from configs import common
-from tests import tiny
+from tests import knowledge_data, tiny
 from trm_jax.data import sources, tokenizers
 from trm_jax.data.partial_labels import largeloss_split
 from trm_jax.data.sources import coco, voc
 from trm_jax.data.sources.glyphs import GlyphScenes
+from trm_jax.data.sources.visual_genome import VisualGenome
 from trm_jax.pretrained import registry
 from trm_jax.train import architecture
 from trm_jax.train.loop import Run
@@ -35,6 +37,7 @@ ARGUMENTS = {
 ARGUMENTS |= dict.fromkeys(("sgraf_flickr30k", "sgraf_coco"), ("", "saf", "sgr,folder"))
 ARGUMENTS |= dict.fromkeys(("scan_coco", "scan_flickr30k"), ("", "folder"))
 ARGUMENTS |= dict.fromkeys(("naaf_coco", "naaf_flickr30k", "napreg_clip"), ("", "folder"))
+ARGUMENTS |= {"mask_coco_subset": ("", "regions,test,vectors"), "mask_vg": ("", "folder,vectors")}
 ARGUMENTS["napreg_flickr8k"] = ("", "saf", "sgr,folder", "naaf")
 PAIRS = [name for name in NAMES if name.startswith("groupvit")]
 ARGUMENTS |= dict.fromkeys(PAIRS, ("", "infonce", "simcon,folder"))
@@ -134,6 +137,13 @@ class _FakeFeatures:
 
 def _shrunk(name, photos, monkeypatch):
     config = _config(name)
+    if config.method == "mask":
+        regions, test, vectors = knowledge_data.write(photos.parent)
+        config.words.vectors = str(vectors)
+        config.data.update({"root": str(regions), "dataset": "labelled_regions"})
+        config.data.update({"test_dataset": "flickr8k_features", "test_root": str(test)})
+        config.data.options = type(config)()
+        config.data.test_options = type(config)({"captions_per_image": 2})
     augment = config.data.augment
     tiny.shrink(config)
     config.data.augment = augment
@@ -141,7 +151,7 @@ def _shrunk(name, photos, monkeypatch):
     if config.data.dataset == "manifest":
         config.data.update({"root": str(photos), "train_size": 0, "test_size": 0})
         config.model.tokenizer = "clip"
-    elif config.data.dataset != "glyphs":
+    elif config.data.dataset != "glyphs" and config.method != "mask":
         config.data.root = "unused"
         if config.data.dataset not in ("coco_features", "flickr8k_features"):
             config.data.update({"dataset": "glyphs", "test_dataset": ""})
@@ -166,6 +176,8 @@ def test_a_shrunk_copy_trains_two_steps(name, photos, monkeypatch, tmp_path):
         assert 0 <= final["mAP"] <= 100
     if {"retrieval", "pair_scores"} & {*config.evaluate.kinds}:
         assert 0 <= final["Rsum"] <= 600
+    if config.method == "mask":
+        assert 0 < final["Rsum"] <= 600
     if "segmentation" in config.evaluate.kinds:
         assert 0 < final["mIoU"] <= 100 and final["images"] == 16
 
@@ -174,8 +186,6 @@ def test_a_shrunk_copy_trains_two_steps(name, photos, monkeypatch, tmp_path):
     "name", ["coco", "dualcoop_coco", "voc2007", "voc2012", "manifest", "tfds"]
 )
 def test_options_are_those_of_the_dataset(name):
-    import inspect
-
     data = _config(name).data
     assert set(data.options) <= set(inspect.signature(sources.DATASETS[data.dataset]).parameters)
 
@@ -207,6 +217,19 @@ def test_recipes_on_pairs_are_the_papers(name):
     assert len(parts) == wanted and config.data.dataset == ("mixture" if wanted else "webdataset")
     with pytest.raises(ValueError, match="'sim' is none of infonce, simcon, mv_simcon"):
         _config(name, "sim")
+
+
+def test_masks_recipe_is_the_papers():
+    config = _config("mask_vg", "folder,vectors")
+    assert (config.data.root, config.words.vectors) == ("folder", "vectors")
+    assert (config.optimizer.learning_rate, config.train.epochs) == (1e-4, 400)
+    (first, size), (second, half) = config.data.batch_size_schedule
+    assert first == second == 200 and size == 2 * half == config.data.batch_size
+    loss = config.loss
+    assert (loss.cross_modal_weight, loss.contrastive_weight, loss.kl_weight) == (3.0, 3.0, 1.0)
+    options = {*config.data.options}, {*config.data.test_options}
+    assert options[0] < {*inspect.signature(VisualGenome).parameters}
+    assert options[1] < {*inspect.signature(sources.DATASETS["karpathy"]).parameters}
 
 
 def test_the_peers_recipe_is_dualcoops():

@@ -56,6 +56,49 @@ def test_a_file_gives_back_every_bit(tmp_path, word_width):
     assert arrays["words"].tobytes().decode(errors="surrogatepass").split("\n") == list(WORDS)
 
 
+def fine_tuned(seed=0, **provenance):
+    matrix = np.random.default_rng([seed, 9]).normal(size=(4, 4)).astype(np.float32)
+    return knowledge_file.transform(make(**provenance), matrix)
+
+
+def test_a_fine_tuned_set_keeps_its_map(tmp_path):
+    path = tmp_path / "k.safetensors"
+    save(fine_tuned(note="n"), path)
+    read = load(path)
+    assert_same_bits(read, fine_tuned(note="n"))
+    assert read.region_map.tobytes() == fine_tuned().region_map.tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(read.region_map.tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="k.safetensors is damaged"):
+        load(path)
+    save(make(), path)
+    assert load(path).region_map is None
+    assert "region_map" not in safetensors.numpy.load_file(path)
+
+
+def test_transform_hand_worked():
+    known = make(("a", "b"), width=2)._replace(
+        prototypes=np.array([[1, 2], [0, 3]], np.float32),
+        random_regions=np.array([[1, 0], [0, 1]], np.float32),
+    )
+    turn, stretch = np.array([[0, 1], [-1, 0]], np.float32), np.diag([2, 5]).astype(np.float32)
+    once = knowledge_file.transform(known, turn)
+    np.testing.assert_array_equal(once.prototypes, [[-2, 1], [-3, 0]])
+    np.testing.assert_array_equal(once.random_regions, turn)
+    np.testing.assert_array_equal(once.region_map, turn)
+    # The second map meets what the first one made: a region goes through both.
+    twice = knowledge_file.transform(once, stretch)
+    np.testing.assert_array_equal(twice.prototypes, [[-4, 5], [-6, 0]])
+    np.testing.assert_array_equal(twice.region_map, [[0, 5], [-2, 0]])
+    said = knowledge_file.describe(twice)["region_map"]
+    assert said == pytest.approx({"least_stretch": 2, "most_stretch": 5})
+    np.testing.assert_array_equal(known.prototypes, [[1, 2], [0, 3]])
+    for wrong in (np.eye(3, dtype=np.float32), np.full((2, 2), np.nan, np.float32)):
+        with pytest.raises(UserError, match=r"need finite numbers \[2, 2\]"):
+            knowledge_file.transform(known, wrong)
+
+
 def test_a_changed_file_is_refused_wherever_it_changed(tmp_path):
     path = tmp_path / "k.safetensors"
     save(make(note="n"), path)
@@ -137,6 +180,19 @@ def test_wrong_content_is_refused_on_both_ways(tmp_path, monkeypatch, change, me
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.eye(4), r"region_map is float64\[4, 4\], not float32\[4, 4\]"),
+        (np.eye(3, dtype=np.float32), r"float32\[3, 3\], not float32\[4, 4\]"),
+        (np.full((4, 4), np.inf, np.float32), "region_map is not finite"),
+    ],
+)
+def test_a_wrong_map_is_refused(tmp_path, matrix, message):
+    with pytest.raises(UserError, match=f"{message}; fine-tune it again with launch/match.py fi"):
+        save(make()._replace(region_map=matrix), tmp_path / "k.safetensors")
+
+
 def test_other_widths_are_refused(tmp_path):
     path = tmp_path / "k.safetensors"
     save(make(), path)
@@ -171,6 +227,9 @@ def test_merge_hand_worked():
     np.testing.assert_array_equal(whole.word_vectors[0], a.word_vectors[0])
     assert whole.provenance == {"merged": [a.provenance, b.provenance], "encoder": "x"}
     np.testing.assert_array_equal(a.prototypes[0], [1, 2, 3, 4])  # the parts stay as they are
+    assert whole.region_map is None
+    tuned = fine_tuned()
+    np.testing.assert_array_equal(merge(tuned, tuned).region_map, tuned.region_map)
 
 
 LETTERS = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6, unique=True)
@@ -227,6 +286,9 @@ def test_what_does_not_fit_together_is_not_merged():
         merge(a, make(width=9, encoder="x"))
     with pytest.raises(UserError, match="different encoders; build both with the same one"):
         merge(a, make(encoder="y"))
+    for one, other in ((a, fine_tuned(encoder="x")), (fine_tuned(1, encoder="x"), fine_tuned())):
+        with pytest.raises(UserError, match="were not fine-tuned alike; merge them before"):
+            merge(one, other._replace(provenance=a.provenance))
     b = changed("word_vectors", (3, 0), 0.5)(make(encoder="x"))
     with pytest.raises(UserError, match="vectors for 1 words, 'Red' the first; build both with"):
         merge(a, b)
@@ -257,6 +319,7 @@ def test_describe_hand_worked():
         "most_frequent": [["c", 10], ["a b", 4], ["d", 1]],
         "least_frequent": [["c", 10], ["a b", 4], ["d", 1]],
         "prototype_norm": {"least": 1.0, "mean": 5.0, "most": 9.0},
+        "region_map": None,
         "provenance": {"note": "n"},
     }
 

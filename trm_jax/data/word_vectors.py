@@ -7,7 +7,7 @@ word_vector_files.py has the formats.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -48,6 +48,23 @@ def read(
             return _read(path, file, places, len(words), width)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
+
+
+@runtime_checkable
+class VectorSource(Protocol):
+    """Where vectors of words come from: a file (`WordVectors`) or texts (`corpus_vectors.py`)."""
+
+    width: int
+
+    def __contains__(self, word: str) -> bool: ...
+
+    def has(self, words: Sequence[str]) -> Bool[np.ndarray, " V"]:
+        """Whether there is a vector of each word as it is written."""
+        ...
+
+    def read(self, words: Sequence[str]) -> tuple[Float[np.ndarray, "V D"], Bool[np.ndarray, " V"]]:
+        """(float32 [V, D], zero where there is no vector of the word; whether there is one)."""
+        ...
 
 
 class WordVectors:
@@ -152,7 +169,7 @@ class Found(NamedTuple):
         return int((~self.found).sum())
 
 
-def read_any_case(source: WordVectors, words: Sequence[str]) -> Found:
+def read_any_case(source: VectorSource, words: Sequence[str]) -> Found:
     """The vectors of some words, if need be of their lower case or of their parts.
 
     A word is looked up as it is written, then in lower case. One of several tokens ("traffic

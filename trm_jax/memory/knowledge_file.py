@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from trm_jax.types import UserError
 
@@ -30,8 +30,10 @@ _DTYPES = {
     "counts": "I64",
     "random_regions": "F32",
 }
+_OPTIONAL = {"region_map": "F32"}
 _MATRICES = ("word_vectors", "prototypes", "random_regions")
 _AGAIN = "build it again with launch/match.py build"
+_FIT_AGAIN = "fine-tune it again with launch/match.py finetune"
 _LISTED = 10
 
 
@@ -44,6 +46,7 @@ class Knowledge(NamedTuple):
     counts:         [K] int64 >= 1, the regions that a prototype is the mean of.
     random_regions: [K, Z] float32, one random region of each word.
     provenance:     what made them, in what JSON can say. Sets merge if their "encoder" is the same.
+    region_map:     [Z, Z] float32 of a set that was fine-tuned, see `transform`; None of any other.
     """
 
     words: tuple[str, ...]
@@ -52,6 +55,7 @@ class Knowledge(NamedTuple):
     counts: np.ndarray
     random_regions: np.ndarray
     provenance: dict[str, Any]
+    region_map: np.ndarray | None = None
 
 
 def check(knowledge: Knowledge, name: str = "the knowledge") -> None:
@@ -84,6 +88,12 @@ def check(knowledge: Knowledge, name: str = "the knowledge") -> None:
             f"{knowledge.prototypes.shape[1]}; {_AGAIN}"
         )
     _refuse(name, words, counts < 1, "no region")
+    matrix, width = knowledge.region_map, knowledge.prototypes.shape[1]
+    if matrix is not None and (matrix.dtype != np.float32 or matrix.shape != (width, width)):
+        need = f"float32[{width}, {width}]"
+        raise UserError(f"{name}: region_map is {_kind(matrix)}, not {need}; {_FIT_AGAIN}")
+    if matrix is not None and not np.isfinite(matrix).all():
+        raise UserError(f"{name}: region_map is not finite; {_FIT_AGAIN}")
 
 
 def select(knowledge: Knowledge, keep: Bool[np.ndarray, " K"]) -> Knowledge:
@@ -93,6 +103,31 @@ def select(knowledge: Knowledge, keep: Bool[np.ndarray, " K"]) -> Knowledge:
         counts=knowledge.counts[keep],
         **{field: getattr(knowledge, field)[keep] for field in _MATRICES},
     )
+
+
+def transform(knowledge: Knowledge, matrix: Float[np.ndarray, "Z _"]) -> Knowledge:
+    """The set after fine-tuning (train/finetune.py): each prototype v becomes v W.
+
+    So do random regions, which stand in their place. `region_map` becomes W, or its product with
+    the W of earlier fine-tuning: it takes the encoder's mu to where the prototypes are now.
+
+    Args:
+      knowledge: the set; it stays as it is.
+      matrix: W.
+
+    Raises:
+      UserError: W is not finite, or of another width than the prototypes.
+    """
+    width = knowledge.prototypes.shape[1]
+    if matrix.shape != (width, width) or not np.isfinite(matrix).all():
+        raise UserError(
+            f"fine-tuning gave {_kind(matrix)}, the prototypes need finite numbers "
+            f"[{width}, {width}]; take the knowledge that it started from"
+        )
+    before = np.eye(width) if knowledge.region_map is None else knowledge.region_map
+    sides = (knowledge.prototypes, knowledge.random_regions, before)
+    moved = [(x.astype(np.float64) @ matrix).astype(np.float32) for x in sides]
+    return knowledge._replace(prototypes=moved[0], random_regions=moved[1], region_map=moved[2])
 
 
 def save(knowledge: Knowledge, path: Path) -> None:
@@ -105,6 +140,8 @@ def save(knowledge: Knowledge, path: Path) -> None:
     text = np.frombuffer("\n".join(knowledge.words).encode(errors="surrogatepass"), np.uint8)
     arrays = {"words": text, "counts": knowledge.counts}
     arrays |= {field: getattr(knowledge, field) for field in _MATRICES}
+    if knowledge.region_map is not None:
+        arrays["region_map"] = knowledge.region_map
     arrays = {field: np.ascontiguousarray(array) for field, array in arrays.items()}
     provenance = json.dumps(knowledge.provenance, sort_keys=True)
     metadata = {"format": _FORMAT, "version": _VERSION, "provenance": provenance}
@@ -159,7 +196,7 @@ def merge(a: Knowledge, b: Knowledge, *, seed: int = 0) -> Knowledge:
       seed: of the draw between two random regions, whose chances are as the counts.
 
     Raises:
-      UserError: the sets have other widths, encoders or vectors of a word.
+      UserError: the sets have other widths, encoders, region maps or vectors of a word.
     """
     places = {word: place for place, word in enumerate(a.words)}
     both = [(places[word], row) for row, word in enumerate(b.words) if word in places]
@@ -187,11 +224,12 @@ def merge(a: Knowledge, b: Knowledge, *, seed: int = 0) -> Knowledge:
         counts=np.concatenate([counts, new.counts]),
         random_regions=np.concatenate([regions, new.random_regions]),
         provenance={"merged": [a.provenance, b.provenance], **_encoder(a)},
+        region_map=a.region_map,
     )
 
 
 def describe(knowledge: Knowledge) -> dict[str, Any]:
-    """What a set holds, in what JSON can say: sizes, counts, norms, provenance."""
+    """What a set holds, in what JSON can say: sizes, counts, norms, fine-tuning, provenance."""
     counts = knowledge.counts
     norms = np.linalg.norm(knowledge.prototypes.astype(np.float64), axis=1)
     order = np.argsort(-counts, kind="stable")
@@ -214,6 +252,7 @@ def describe(knowledge: Knowledge) -> dict[str, Any]:
             "mean": float(norms.mean()),
             "most": float(norms.max()),
         },
+        "region_map": _stretch(knowledge.region_map),
         "provenance": knowledge.provenance,
     }
 
@@ -260,6 +299,14 @@ def _refuse(name: str, words: tuple[str, ...], wrong: np.ndarray, what: str) -> 
         raise UserError(f"{name}: {number} words, {first!r} the first, have {what}; {_AGAIN}")
 
 
+def _stretch(matrix: np.ndarray | None) -> dict[str, float] | None:
+    """By how much the map makes vectors longer, or shorter; all the same of one without effect."""
+    if matrix is None:
+        return None
+    factors = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    return {"least_stretch": float(factors[-1]), "most_stretch": float(factors[0])}
+
+
 def _encoder(knowledge: Knowledge) -> dict[str, Any]:
     """The part of provenance that a prototype's space depends on."""
     return {key: value for key, value in knowledge.provenance.items() if key == "encoder"}
@@ -275,6 +322,11 @@ def _check_alike(a: Knowledge, b: Knowledge, in_a: np.ndarray, in_b: np.ndarray)
             )
     if _encoder(a) != _encoder(b):
         raise UserError("the sets to merge are of different encoders; build both with the same one")
+    maps = [side.region_map for side in (a, b) if side.region_map is not None]
+    if len(maps) == 1 or (maps and not np.array_equal(maps[0], maps[1])):
+        raise UserError(
+            "the sets to merge were not fine-tuned alike; merge them before, fine-tune the whole"
+        )
     differs = (a.word_vectors[in_a] != b.word_vectors[in_b]).any(axis=1)
     if differs.any():
         word = a.words[in_a[int(np.argmax(differs))]]
@@ -322,7 +374,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
                 raise UserError(f"{path} is a knowledge of another version; {_AGAIN}")
             names = list(file.keys())
             dtypes = {name: file.get_slice(name).get_dtype() for name in names}
-            if dtypes != _DTYPES:
+            if dtypes not in (_DTYPES, _DTYPES | _OPTIONAL):
                 raise UserError(f"{foreign}: it has {dtypes}; {_AGAIN}")
             return {name: file.get_tensor(name) for name in names}, metadata
     except safetensors.SafetensorError as error:

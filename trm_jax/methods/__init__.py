@@ -1,6 +1,6 @@
 """The methods by name. Each file builds one Method (trm_jax.types) and imports no other method."""
 
-from trm_jax.methods import contrastive, dualcoop, napreg, simcon, trm_ml
+from trm_jax.methods import contrastive, dualcoop, mask, napreg, simcon, trm_ml
 
 MAKERS = {
     "trm_ml": trm_ml.make,
@@ -8,4 +8,5 @@ MAKERS = {
     "contrastive": contrastive.make,
     "simcon": simcon.make,
     "napreg": napreg.make,
+    "mask": mask.make,
 }

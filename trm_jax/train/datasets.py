@@ -36,18 +36,25 @@ def open_data(data: ConfigDict) -> tuple[Source, Source, str]:
             raise UserError(f"data.holdout={data.holdout} must be in (0, 1), or 0 for the test set")
         train, test = hold_out(train, data.holdout)
     elif data.test_dataset:
-        if data.test_dataset not in ("glyphs", "mixture") and not data.test_root:
-            raise UserError(
-                f"data.test_root is empty; '{data.test_dataset}' needs the place of its files"
-            )
-        options = data.test_options.to_dict()
-        test = _part(data, data.test_dataset, "test", data.test_root, options, data.test_size)
+        test = open_test(data)
     else:
         options = data.options.to_dict()
         test = _part(data, data.dataset, "test", data.root, options, data.test_size)
     if data.caption_shuffle:
         train = ShuffledCaptions(train, data.caption_shuffle, data.label_seed)
     return train, test, "val" if data.holdout else "test"
+
+
+def open_test(data: ConfigDict) -> Source:
+    """The evaluation source that `data.test_dataset` names."""
+    if not data.test_dataset:
+        raise UserError("data.test_dataset is empty; name the dataset to be evaluated on")
+    if data.test_dataset not in ("glyphs", "mixture") and not data.test_root:
+        raise UserError(
+            f"data.test_root is empty; '{data.test_dataset}' needs the place of its files"
+        )
+    options = data.test_options.to_dict()
+    return _part(data, data.test_dataset, "test", data.test_root, options, data.test_size)
 
 
 def _part(data: ConfigDict, dataset: str, split: str, root: str, options, size: int) -> Source:

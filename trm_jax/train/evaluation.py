@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from trm_jax.data import caption_pairs, pipeline
-from trm_jax.data.examples import CaptionTexts, ImageExamples, MultiLabelExamples
+from trm_jax.data.examples import CaptionTexts, Examples, ImageExamples, MultiLabelExamples
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.subset import has_masks
 from trm_jax.data.tokenizers import Tokenizer
@@ -193,18 +193,9 @@ def _context(
 ) -> _Context:
     """Compiles nothing yet; the batches are rounded up to a multiple of the devices."""
     predict = {name: jax.jit(function) for name, function in method.predict.items()}
-    size = -(-batch_size // jax.device_count()) * jax.device_count()
 
     def batches(examples) -> Iterator[Batch]:
-        mesh = jax.sharding.get_mesh()
-        for batch in pipeline.eval_batches(
-            examples,
-            batch_size=size,
-            workers=workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ):
-            yield sharding.put_batch(batch, mesh) if mesh.size else batch
+        return device_batches(examples, batch_size, workers)
 
     return _Context(
         method,
@@ -222,13 +213,30 @@ def _context(
     )
 
 
+def device_batches(examples: Examples, batch_size: int, workers: int = 0) -> Iterator[Batch]:
+    """Every example once, in order, on the devices of the context mesh.
+
+    batch_size: rounded up to a multiple of the devices. workers: decoding processes.
+    """
+    size = -(-batch_size // jax.device_count()) * jax.device_count()
+    mesh = jax.sharding.get_mesh()
+    for batch in pipeline.eval_batches(
+        examples,
+        batch_size=size,
+        workers=workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+        yield sharding.put_batch(batch, mesh) if mesh.size else batch
+
+
 def _multilabel(context: _Context) -> Evaluator:
     examples = MultiLabelExamples(context.source, None, context.transform)
 
     def evaluate(params, extras):
         shared = context.predict["prepare"](params, extras, {})
         scores = context.bind("scores", params, extras, shared)
-        return multilabel.evaluate(scores, context.batches(examples), to_host=_to_host)
+        return multilabel.evaluate(scores, context.batches(examples), to_host=to_host)
 
     return evaluate
 
@@ -245,7 +253,7 @@ def _retrieval(context: _Context) -> Evaluator:
             context.batches(images),
             context.batches(texts),
             folds=context.folds,
-            to_host=_to_host,
+            to_host=to_host,
         )
 
     return evaluate
@@ -263,7 +271,7 @@ def _pair_scorer(context: _Context) -> Callable[[PyTree, PyTree], pair_scores.Sc
             context.bind("pair_scores", params, extras),
             context.batches(images),
             context.batches(texts),
-            to_host=_to_host,
+            to_host=to_host,
         )
 
     return score
@@ -287,7 +295,7 @@ def _zero_shot(context: _Context) -> Evaluator:
             context.classes(params, extras),
             context.batches(examples),
             pool=context.pool,
-            to_host=_to_host,
+            to_host=to_host,
         )
 
     return evaluate
@@ -301,7 +309,7 @@ def _classification(context: _Context) -> Evaluator:
             context.bind("embed_image", params, extras),
             context.classes(params, extras),
             context.batches(examples),
-            to_host=_to_host,
+            to_host=to_host,
         )
 
     return evaluate
@@ -328,7 +336,7 @@ def _segmentation(context: _Context) -> Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             sum_over_processes=_sum_over_processes,
-            to_host=_to_host,
+            to_host=to_host,
         )
 
     return evaluate
@@ -340,7 +348,8 @@ def _sum_over_processes(counts: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(counts)).sum(axis=0)
 
 
-def _to_host(tree):
+def to_host(tree: PyTree) -> PyTree:
+    """Arrays of the devices as numpy, those that are cut over processes whole."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(

@@ -13,14 +13,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from trm_jax.data import partial_labels, pipeline, tokenizers
+from trm_jax.data import partial_labels, phases, pipeline, tokenizers
 from trm_jax.data.examples import CaptionExamples, Examples, MultiLabelExamples
 from trm_jax.data.sources.base import Source
 from trm_jax.evaluate.pair_scores import Scores
 from trm_jax.evaluate.segmentation_windows import Protocol
-from trm_jax.methods import MAKERS, dualcoop, frozen_clip, napreg, simcon, trm_ml
+from trm_jax.methods import MAKERS, dualcoop, frozen_clip, mask, napreg, simcon, trm_ml
 from trm_jax.pretrained import registry
-from trm_jax.train import architecture, datasets, matching, optimizers
+from trm_jax.train import architecture, datasets, knowledge, matching, optimizers
 from trm_jax.train.evaluation import make_evaluator, make_pair_scorer
 from trm_jax.train.loop import Job
 from trm_jax.types import BatchSpec, DataInfo, Method, PyTree, UserError
@@ -37,7 +37,7 @@ class Experiment(NamedTuple):
     info: DataInfo
     tokenizer: tokenizers.Tokenizer
     clip: dict[str, Any]  # of the towers, or of the matching model
-    train: Source
+    train: Source  # of MASK: a RegionSource
     test: Source
     observed: np.ndarray | None  # label mask applied: int8 [N, C]
     eval_split: str  # "test", or "val" when a share of the training images is held out
@@ -45,6 +45,8 @@ class Experiment(NamedTuple):
     pretrained: registry.Located  # the weights that were loaded
     initial: registry.Located  # those that some parameters start from
     nouns: matching.Nouns | None  # that have proxies
+    counts: dict[str, int]  # of the data, beside examples and labels, for run.json
+    words: knowledge.Words | None = None  # of MASK
 
 
 def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
@@ -57,6 +59,10 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     Raises:
       UserError: whatever of the config or the data cannot be used, by field or file name.
     """
+    if config.method == "mask":
+        return _build_knowledge(config, cache_dir)
+    if config.data.batch_size_schedule:
+        raise UserError("data.batch_size_schedule is for method='mask'; set data.batch_size")
     train, test, eval_split = datasets.open_data(config.data)
     if config.method not in _ON_CAPTIONS and tuple(test.class_names) != tuple(train.class_names):
         raise UserError("data.test_dataset has other classes than data.dataset, which were trained")
@@ -91,7 +97,8 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
     if config.model.matching:
         params = matching.start_from(params, config.model, tokenizer)
     examples = _examples(config, method, tokenizer, train, observed, nouns)
-    job = _job(config, method, info, tokenizer, train, test, examples, (params, extras))
+    evaluate = _evaluator(config, method, tokenizer, test)
+    job = _job(config, method, train, examples, (params, extras), evaluate)
     return Experiment(
         job,
         method,
@@ -106,6 +113,52 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
         located,
         initial,
         nouns,
+        nouns.report() if nouns else {},
+    )
+
+
+def _build_knowledge(config: ConfigDict, cache_dir: Path) -> Experiment:
+    """MASK: there are no pairs; regions with words are trained on, other images have captions."""
+    source: Any = knowledge.open_regions(config.data)
+    test = datasets.open_test(config.data)
+    words = knowledge.open_words(config.words, source.words, cache_dir)
+    clip = knowledge.resolve(config.model, source.width, words.vectors.shape[1])
+    examples = knowledge.rows(config.rows, source)
+    method = _call(
+        mask.make,
+        "model.options",
+        model=clip,
+        words=words.vectors,
+        regions=(examples.num_regions, config.rows.most),
+        samples=examples.num_samples,
+        attention_set=config.rows.attention_set,
+        loss=_call(mask.Loss, "loss", **config.loss.to_dict()),
+        memory=_call(mask.Memory, "memory", **config.memory.to_dict()),
+        dtype=architecture.compute_dtype(config.precision.compute),
+        **config.model.options.to_dict(),
+    )
+    info = _steps(config, len(examples), num_train=len(source), num_eval=len(test))
+    key = jax.random.key(config.seed)
+    initial = jax.jit(lambda k: method.init(k, pretrained=None))(key)
+    tokenizer = tokenizers.WordTokenizer(source.words)
+    evaluate = knowledge.make_evaluator(config, method, words, test)
+    job = _job(config, method, source, examples, initial, evaluate)
+    return Experiment(
+        job,
+        method,
+        info,
+        tokenizer,
+        clip,
+        source,
+        test,
+        None,
+        "test",
+        method.specs["embed_image"],
+        registry.locate("random"),
+        registry.locate("random"),
+        None,
+        knowledge.report(source, words, examples),
+        words,
     )
 
 
@@ -190,16 +243,32 @@ def _info(
     number = len(train)
     if config.method == "napreg":  # every caption is an example
         number = sum(len(train.captions(index)) for index in range(number))
-    per_epoch = pipeline.steps_per_epoch(number, config.data.batch_size)
-    steps = config.train.steps
-    return DataInfo(
+    return _steps(
+        config,
+        number,
         class_names=train.class_names,
         num_train=len(train),
         num_eval=len(test),
-        steps_per_epoch=per_epoch,
-        total_steps=steps if steps else config.train.epochs * per_epoch,
         single_positive=partial_labels.is_single_positive(config.data.label_protocol),
         num_proxies=len(nouns.vocabulary) if nouns else 0,
+    )
+
+
+def _steps(config: ConfigDict, examples: int, **known: Any) -> DataInfo:
+    """DataInfo with the steps of so many training examples."""
+    run = _phases(config, examples)
+    return DataInfo(
+        steps_per_epoch=run.phases[0].steps_per_epoch, total_steps=run.total_steps, **known
+    )
+
+
+def _phases(config: ConfigDict, examples: int) -> phases.Phases:
+    return phases.plan(
+        examples,
+        batch_size=config.data.batch_size,
+        epochs=config.train.epochs,
+        steps=config.train.steps,
+        schedule=config.data.batch_size_schedule,
     )
 
 
@@ -218,15 +287,15 @@ def _examples(config: ConfigDict, method: Method, tokenizer, train, observed, no
     return MultiLabelExamples(train, observed, transform)
 
 
-def _schedule(settings: ConfigDict, info: DataInfo) -> optax.Schedule:
+def _schedule(settings: ConfigDict, run: phases.Phases) -> optax.Schedule:
     return optimizers.make_schedule(
         settings.schedule,
         learning_rate=settings.learning_rate,
-        total_steps=info.total_steps,
+        total_steps=run.total_steps,
         warmup_rate=settings.warmup_rate,
-        warmup_steps=round(settings.warmup_epochs * info.steps_per_epoch),
+        warmup_steps=run.step_of(settings.warmup_epochs),
         end_rate=settings.end_rate,
-        drop_steps=[round(e * info.steps_per_epoch) for e in settings.drop_epochs],
+        drop_steps=[run.step_of(epoch) for epoch in settings.drop_epochs],
     )
 
 
@@ -249,24 +318,19 @@ def _evaluator(config: ConfigDict, method: Method, tokenizer, test: Source):
     )
 
 
-def _job(config, method, info, tokenizer, train, test, examples, initial) -> Job:
+def _job(config, method, train, examples, initial, evaluate) -> Job:
     data, run = config.data, config.train
     if run.nan_policy not in ("skip", "stop"):
         raise UserError(f"train.nan_policy={run.nan_policy!r} is none of skip, stop")
+    steps = _phases(config, len(examples))
     host = {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
     def batches(start: int) -> Iterator:
-        return pipeline.train_batches(
-            examples,
-            batch_size=data.batch_size,
-            seed=config.seed,
-            start_step=start,
-            num_steps=info.total_steps - start,
-            workers=data.workers,
-            **host,
+        return phases.train_batches(
+            examples, steps, seed=config.seed, start_step=start, workers=data.workers, **host
         )
 
-    settings, schedule = config.optimizer, _schedule(config.optimizer, info)
+    settings, schedule = config.optimizer, _schedule(config.optimizer, steps)
     return Job(
         method=method,
         init=lambda: initial,
@@ -285,20 +349,20 @@ def _job(config, method, info, tokenizer, train, test, examples, initial) -> Job
         refresh_batches=lambda: pipeline.eval_batches(
             examples, batch_size=data.batch_size, workers=data.workers, **host
         ),
-        evaluate=_evaluator(config, method, tokenizer, test),
+        evaluate=evaluate,
         eval_split="val" if data.holdout else "test",
         num_train=len(train),
         name_of=lambda index: str(train.ids[index]),
         freeze=tuple(settings.freeze),
         shard=tuple(config.mesh.shard),
         seed=config.seed,
-        total_steps=info.total_steps,
-        steps_per_epoch=info.steps_per_epoch,
-        batch_size=data.batch_size,
+        total_steps=steps.total_steps,
+        ends_epoch=steps.ends_epoch,
+        batch_sizes=steps.batch_sizes,
         microbatch=0 if config.method == "simcon" else run.microbatch,
         log_every=run.log_every,
-        eval_every=run.eval_every or info.total_steps,
-        checkpoint_every=run.checkpoint_every or info.total_steps,
+        eval_every=run.eval_every or steps.total_steps,
+        checkpoint_every=run.checkpoint_every or steps.total_steps,
         keep=run.keep,
         nan_policy=run.nan_policy,
         ema=settings.ema,

@@ -21,7 +21,7 @@ class Job(NamedTuple):
     """All that a run needs, built from a config by train/experiment.py.
 
     batches: start step -> iterator of host batches; refresh_batches: -> the training set in a
-    fixed order; evaluate: (params, extras) -> metrics of `eval_split`.
+    fixed order; evaluate: (params, extras) -> metrics of `eval_split`; ends_epoch: of a step.
     """
 
     method: Method
@@ -38,8 +38,8 @@ class Job(NamedTuple):
     shard: tuple[str, ...]
     seed: int
     total_steps: int
-    steps_per_epoch: int
-    batch_size: int
+    ends_epoch: Callable[[int], bool]
+    batch_sizes: tuple[int, ...]
     microbatch: int
     log_every: int
     eval_every: int
@@ -58,17 +58,18 @@ class Run:
         self, job: Job, workdir: Path, mesh: jax.sharding.Mesh, *, read_only: bool = False
     ):
         self.job, self.workdir, self.mesh = job, workdir, mesh
-        sharding.check_batch_size(job.batch_size, mesh)
+        for size in job.batch_sizes:
+            sharding.check_batch_size(size, mesh)
         if job.microbatch and not job.method.decomposes:
             raise UserError(
                 "train.microbatch: this method's loss looks at the whole batch, so splitting it "
                 "would change the result; set train.microbatch=0"
             )
-        if job.microbatch and job.batch_size % job.microbatch:
-            raise UserError(
-                f"train.microbatch={job.microbatch} does not divide "
-                f"data.batch_size={job.batch_size}"
-            )
+        for size in job.batch_sizes:
+            if job.microbatch and size % job.microbatch:
+                raise UserError(
+                    f"train.microbatch={job.microbatch} does not divide data.batch_size={size}"
+                )
         self.key = jax.random.key(job.seed)
         self.files = checkpoints.Checkpoints(workdir, keep=job.keep, read_only=read_only)
         self.bad = BadSamples(job.num_train, job.max_bad_fraction, job.name_of)
@@ -109,7 +110,7 @@ class Run:
                 frozen, current = current.frozen, current.replace(frozen=None)
                 current = self._step(current, frozen, batch).replace(frozen=frozen)
                 writer.advance()
-                if (number + 1) % job.steps_per_epoch == 0:
+                if job.ends_epoch(number):
                     current = self._refresh(current)
                 last, stopping = number + 1 == job.total_steps, vote(stop.requested)
                 if (number + 1) % job.log_every == 0 or last:

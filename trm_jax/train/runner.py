@@ -158,7 +158,7 @@ def _data_report(built: Experiment) -> dict[str, Any]:
             "labels_positive": int((observed == 1).sum()) if observed is not None else None,
             "labels_negative": int((observed == -1).sum()) if observed is not None else None,
             "labels_unknown": int((observed == 0).sum()) if observed is not None else None,
-            **(built.nouns.report() if built.nouns else {}),
+            **built.counts,
         },
         "mixture": getattr(built.train, "counts", None),
         "label_mask_sha256": partial_labels.mask_sha256(observed) if observed is not None else None,

@@ -22,6 +22,8 @@ _MAY_DIFFER = (
     "model.clip.attention",
     "model.options.block",
     "nouns.tagger",
+    "words.vectors",
+    "words.tagger",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
@@ -29,6 +31,7 @@ _MAY_DIFFER = (
 
 # Fields that came later: a workdir without them was made with these values.
 _ADDED = {
+    "data.batch_size_schedule": [],
     "data.caption_shuffle": 0.0,
     "data.length_buckets": [],
     "data.test_augment": "none",
@@ -36,11 +39,14 @@ _ADDED = {
     "data.test_options": {},
     "evaluate.folds": 1,
     "evaluate.segmentation": {},
+    "model.knowledge": {},
     "model.matching": {},
     "nouns": {},
     "optimizer.drop_epochs": [],
     "optimizer.end_rate": 0.0,
     "optimizer.factors": [],
+    "rows": {},
+    "words": {},
 }
 
 
@@ -57,11 +63,19 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
 
 
 def read_config(folder: Path) -> ConfigDict:
-    """The resolved config of a run. Raises UserError where there is none."""
+    """The resolved config of a run, later fields as they were then; UserError for no run."""
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} is no workdir of a run: it has no config.json")
-    return ConfigDict(_tuples(json.loads(path.read_text())))
+    config = ConfigDict(_tuples(json.loads(path.read_text())))
+    for name, value in _ADDED.items():
+        *sections, field = name.split(".")
+        part = config
+        for section in sections:
+            part = part[section]
+        if field not in part:
+            part[field] = _tuples(value)
+    return config
 
 
 def final_line(folder: Path, config: ConfigDict) -> dict[str, Any]:

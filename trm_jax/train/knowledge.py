@@ -1,0 +1,228 @@
+"""What runs of MASK need of a config: regions with words, word vectors, an evaluator."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from trm_jax.data import caption_words, corpus_vectors, word_vectors
+from trm_jax.data.region_rows import ImageRegions, RegionRows
+from trm_jax.data.sources.base import Source
+from trm_jax.data.sources.labelled_regions import LabelledRegions, RegionSource
+from trm_jax.data.sources.visual_genome import VisualGenome
+from trm_jax.evaluate import caption_prototypes, knowledge_matching, pair_scores
+from trm_jax.models import knowledge as networks
+from trm_jax.train import evaluation
+from trm_jax.types import BadSampleError, Method, PyTree, UserError
+
+REGIONS: dict[str, Callable[..., RegionSource]] = {
+    "labelled_regions": LabelledRegions,
+    "visual_genome": VisualGenome,
+}
+
+
+class Words(NamedTuple):
+    """The words of the regions and where vectors of words come from.
+
+    names: K words, of which those without a vector have a zero row and are never learnt.
+    vectors: float32 [K, N].
+    source: of all vectors, to look up words of captions.
+    """
+
+    names: tuple[str, ...]
+    vectors: np.ndarray
+    source: word_vectors.VectorSource
+
+    @property
+    def has_vector(self) -> np.ndarray:
+        """bool [K]."""
+        return np.any(self.vectors != 0, axis=1)
+
+    def read(self, words: Sequence[str]) -> np.ndarray:
+        """float32 [u, N] of words that the source has, whole or in parts."""
+        return word_vectors.read_any_case(self.source, words).vectors
+
+
+def open_regions(data: ConfigDict) -> RegionSource:
+    """The word-labelled regions of a config's data section. Raises UserError."""
+    if data.dataset not in REGIONS:
+        raise UserError(
+            f"data.dataset={data.dataset!r} has no word-labelled regions; method='mask' reads "
+            f"{' or '.join(REGIONS)}"
+        )
+    if not data.root:
+        raise UserError(f"data.root is empty; '{data.dataset}' needs the place of its files")
+    opener = REGIONS[data.dataset]
+    options = {name: v for name, v in data.options.to_dict().items() if v not in ("", ())}
+    accepted = list(inspect.signature(opener).parameters)[1:]
+    for name in options:
+        if name not in accepted:
+            raise UserError(
+                f"dataset '{data.dataset}' has no option '{name}'; it has {', '.join(accepted)}"
+            )
+    return opener(data.root, **options)
+
+
+def open_words(settings: ConfigDict, names: Sequence[str], cache_dir: Path) -> Words:
+    """The vectors of the regions' words, from what `words.vectors` names.
+
+    Either a file of word vectors, or "corpus:FILE": they are made of its texts, one a line, by the
+    words that stand together (data/corpus_vectors.py), with `words.width` numbers.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or it has none of the words.
+    """
+    if not settings.vectors:
+        raise UserError(
+            "words.vectors is empty; give a file of word vectors (GloVe, word2vec or fastText)"
+        )
+    source = _vectors(settings, cache_dir)
+    found = word_vectors.read_any_case(source, names)
+    words = Words(tuple(names), np.where(found.found[:, None], found.vectors, 0.0), source)
+    if not words.has_vector.any():
+        raise UserError(
+            f"{settings.vectors} has a vector for none of the {len(names)} words of the regions, "
+            f"such as {names[0]!r}"
+        )
+    return words
+
+
+def _vectors(settings: ConfigDict, cache_dir: Path) -> word_vectors.VectorSource:
+    kind, _, place = settings.vectors.partition(":")
+    if kind != "corpus":
+        return word_vectors.open_file(Path(settings.vectors), cache=cache_dir)
+    try:
+        texts = Path(place).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"words.vectors={settings.vectors} cannot be read: {error}") from None
+    return corpus_vectors.fit(texts, width=settings.width)
+
+
+def resolve(model: ConfigDict, features: int, word_width: int) -> dict[str, Any]:
+    """The networks' configuration: `model.knowledge` with what data and word vectors say."""
+    given = model.knowledge.to_dict()
+    return networks.validate({**given, "features": features, "word_width": word_width})
+
+
+def rows(settings: ConfigDict, source: RegionSource) -> RegionRows:
+    """The training rows of a config's `rows` section."""
+    return RegionRows(
+        source,
+        regions=settings.regions,
+        samples=settings.samples,
+        attention_set=settings.attention_set,
+    )
+
+
+def report(source: RegionSource, words: Words, examples: RegionRows) -> dict[str, int]:
+    """Counts for run.json."""
+    without = int((~words.has_vector).sum())
+    return {**source.report(), "words_without_vector": without, **examples.report()}
+
+
+class CaptionMatcher:
+    """Scores of captions by the words they have, for any knowledge of the same words.
+
+    source: images with captions. words: of the knowledge. settings: the config's `words` section.
+
+    Raises:
+      UserError: there is no caption or an empty one, or a choice of `settings` that cannot be.
+    """
+
+    def __init__(self, source: Source, words: Words, settings: ConfigDict):
+        if settings.unknown not in caption_prototypes.UNKNOWN:
+            known = ", ".join(caption_prototypes.UNKNOWN)
+            raise UserError(f"words.unknown={settings.unknown!r} is none of {known}")
+        if settings.pooling not in knowledge_matching.POOLINGS:
+            known = ", ".join(knowledge_matching.POOLINGS)
+            raise UserError(f"words.pooling={settings.pooling!r} is none of {known}")
+        texts = [source.captions(index) for index in range(len(source))]
+        self.owner = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
+        self._words, self._settings = words, settings
+        kept = words.has_vector
+        self._rows = np.flatnonzero(kept)
+        self._names = [words.names[row] for row in self._rows]
+        has = words.source.__contains__ if settings.unknown != "drop" else lambda word: False
+        self.captions = caption_words.usable(
+            [text for own in texts for text in own],
+            frozenset(self._names),
+            has,
+            caption_words=settings.caption_words,
+            tagger=settings.tagger,
+        )
+
+    def prototypes(self, vectors: np.ndarray) -> caption_prototypes.CaptionPrototypes:
+        """Of the captions' words, from the prototypes [K, Z] of all words of the knowledge."""
+        return caption_prototypes.estimate(
+            self.captions,
+            self._names,
+            self._words.vectors[self._rows],
+            vectors[self._rows],
+            self._words.read,
+            unknown=self._settings.unknown,
+            neighbours=self._settings.neighbours,
+        )
+
+    def scores(
+        self, images: Iterator[tuple[np.ndarray, np.ndarray]], positions: np.ndarray, vectors
+    ) -> pair_scores.Scores:
+        """All pairs of images, in batches of (regions, mask), and captions.
+
+        positions: [n], which image of the source each one is. vectors: [K, Z].
+        """
+        found = knowledge_matching.score_all(
+            images,
+            self.prototypes(vectors).vectors,
+            self.captions,
+            pooling=self._settings.pooling,
+        )
+        if not np.isin(self.owner, positions).all():
+            lost = int(self.owner[~np.isin(self.owner, positions)][0])
+            raise UserError(
+                f"image {lost} of the evaluation split cannot be read, but has captions; leave "
+                "both out"
+            )
+        return pair_scores.Scores(found, np.searchsorted(positions, self.owner), positions)
+
+
+def make_evaluator(
+    config: ConfigDict, method: Method, words: Words, source: Source
+) -> evaluation.Evaluator:
+    """(params, extras) -> recalls of the captions of `source` by the prototypes of `extras`."""
+    score = make_scorer(config, method, words, source)
+
+    def evaluate(params: PyTree, extras: PyTree) -> dict[str, float]:
+        return pair_scores.metrics(score(params, extras), folds=config.evaluate.folds)
+
+    return evaluate
+
+
+def make_scorer(
+    config: ConfigDict, method: Method, words: Words, source: Source
+) -> Callable[[PyTree, PyTree], pair_scores.Scores]:
+    """(params, extras) -> the scores of all images and captions of `source`."""
+    matcher = CaptionMatcher(source, words, config.words)
+    images = ImageRegions(source, config.rows.most)
+    with contextlib.suppress(BadSampleError):
+        images.sample(0, np.random.default_rng(0))  # too many regions are told at once
+    embed, names = jax.jit(method.predict["embed_image"]), tuple(method.specs["embed_image"])
+
+    def score(params: PyTree, extras: PyTree) -> pair_scores.Scores:
+        parts, positions = [], []
+        size, workers = config.evaluate.batch_size, config.data.workers
+        for batch in evaluation.device_batches(images, size, workers):
+            found = embed(params, extras, {name: batch[name] for name in names})
+            keys = {name: batch[name] for name in ("index", "valid")}
+            found = evaluation.to_host({**found, **keys})
+            valid = np.asarray(found["valid"])
+            parts.append((found["regions"][valid], found["mask"][valid]))
+            positions.append(found["index"][valid])
+        vectors = evaluation.to_host(extras["prototypes"].vectors)
+        return matcher.scores(iter(parts), np.concatenate(positions), vectors)
+
+    return score
