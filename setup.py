@@ -46,6 +46,7 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
+        "pictures": ["scikit-learn>=1.5"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.100",

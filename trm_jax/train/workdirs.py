@@ -69,11 +69,9 @@ def read_config(folder: Path) -> ConfigDict:
         raise UserError(f"{folder} is no workdir of a run: it has no config.json")
     config = ConfigDict(_tuples(json.loads(path.read_text())))
     for name, value in _ADDED.items():
-        *sections, field = name.split(".")
-        part = config
-        for section in sections:
-            part = part[section]
-        if field not in part:
+        section, _, field = name.rpartition(".")
+        part = config.get(section, {}) if section else config
+        if section in ("", *config) and field not in part:
             part[field] = _tuples(value)
     return config
 
