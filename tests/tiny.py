@@ -116,7 +116,7 @@ def napreg(kind: str = "scan") -> ConfigDict:
     return config
 
 
-def mask(regions: Path, test: Path, vectors: Path) -> ConfigDict:
+def mask(regions: Path | str, test: Path | str, vectors: Path | str) -> ConfigDict:
     """MASK on the files of tests/knowledge_data.py."""
     config = shrink(mask_coco_subset.get_config(f"{regions},{test},{vectors}"))
     config.data.update({"train_size": 0, "test_size": 0})

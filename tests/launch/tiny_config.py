@@ -4,11 +4,13 @@ from tests import tiny
 
 
 def get_config(arg: str = ""):
-    """`arg` is "", "cached", "contrastive", "simcon", "scan", "saf", "manifest" or "typo"."""
+    """`arg`: "", cached, contrastive, simcon, scan, saf, mask, manifest or typo."""
     if arg == "contrastive":
         return tiny.contrastive()
     if arg == "simcon":
         return tiny.simcon("simcon")
+    if arg == "mask":
+        return tiny.mask("regions.npz", "test", "vectors.txt")
     if arg in ("scan", "saf"):
         return tiny.napreg(arg)
     if arg not in ("", "cached", "manifest", "typo"):

@@ -123,10 +123,14 @@ def make(
             "train": {**images(most[0]), "sample_region": places, "sample_word": places, **rows},
             "eval": {**images(*most), **rows},
             "embed_image": images(*most),
+            "samples": {**images(most[0]), "sample_region": places, "sample_word": places, **rows},
         },
         init=functools.partial(_init, parts),
         loss=functools.partial(_loss, parts),
-        predict={"embed_image": functools.partial(_embed_image, parts)},
+        predict={
+            "embed_image": functools.partial(_embed_image, parts),
+            "samples": functools.partial(_all_samples, parts),
+        },
         refresh=functools.partial(_refresh, parts),
     )
 
@@ -223,14 +227,23 @@ def _embed_image(parts: _Parts, params, extras, batch: Batch):
     return {"regions": _encode(parts, params, batch), "mask": batch["region_mask"]}
 
 
+def _all_samples(parts: _Parts, params, extras, batch: Batch):
+    """What prototypes are the means of: mu and features [S, ..], the words, which samples count."""
+    del extras
+    places = replicated(batch["sample_region"])
+    mu = replicated(at_samples(_encode(parts, params, batch), places))
+    features = replicated(at_samples(batch["features"], places))
+    word, where = _samples(parts, batch)
+    return {"mu": mu, "features": features, "word": word, "where": where}
+
+
 def _refresh(parts: _Parts, params: PyTree, extras: PyTree, batches: Iterable[Batch]) -> PyTree:
     """The exact prototypes: the mean of mu over all regions of each word (Eq. 2)."""
 
     @jax.jit
     def add(params, sums, batch):
-        mu = replicated(at_samples(_encode(parts, params, batch), batch["sample_region"]))
-        word, where = _samples(parts, batch)
-        return memory_of_words.accumulate(sums, mu, word, where=where)
+        found = _all_samples(parts, params, {}, batch)
+        return memory_of_words.accumulate(sums, found["mu"], found["word"], where=found["where"])
 
     sums = memory_of_words.create_sums(len(parts.words), parts.model.config["width"])
     names = ("features", "region_mask", "sample_region", "sample_word", "valid")

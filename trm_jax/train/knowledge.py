@@ -1,8 +1,9 @@
 """What runs of MASK need of a config: regions with words, word vectors, an evaluator."""
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from trm_jax.data.sources.visual_genome import VisualGenome
 from trm_jax.evaluate import caption_prototypes, knowledge_matching, pair_scores
 from trm_jax.models import knowledge as networks
 from trm_jax.train import evaluation
-from trm_jax.types import BadSampleError, Method, PyTree, UserError
+from trm_jax.types import BadSampleError, Batch, Method, PyTree, UserError
 
 REGIONS: dict[str, Callable[..., RegionSource]] = {
     "labelled_regions": LabelledRegions,
@@ -31,12 +32,12 @@ class Words(NamedTuple):
 
     names: K words, of which those without a vector have a zero row and are never learnt.
     vectors: float32 [K, N].
-    source: of all vectors, to look up words of captions.
+    source: of all vectors, to look up words of captions; None where unknown ones are dropped.
     """
 
     names: tuple[str, ...]
     vectors: np.ndarray
-    source: word_vectors.VectorSource
+    source: word_vectors.VectorSource | None
 
     @property
     def has_vector(self) -> np.ndarray:
@@ -45,6 +46,7 @@ class Words(NamedTuple):
 
     def read(self, words: Sequence[str]) -> np.ndarray:
         """float32 [u, N] of words that the source has, whole or in parts."""
+        assert self.source is not None
         return word_vectors.read_any_case(self.source, words).vectors
 
 
@@ -81,7 +83,7 @@ def open_words(settings: ConfigDict, names: Sequence[str], cache_dir: Path) -> W
         raise UserError(
             "words.vectors is empty; give a file of word vectors (GloVe, word2vec or fastText)"
         )
-    source = _vectors(settings, cache_dir)
+    source = open_vectors(settings, cache_dir)
     found = word_vectors.read_any_case(source, names)
     words = Words(tuple(names), np.where(found.found[:, None], found.vectors, 0.0), source)
     if not words.has_vector.any():
@@ -92,7 +94,8 @@ def open_words(settings: ConfigDict, names: Sequence[str], cache_dir: Path) -> W
     return words
 
 
-def _vectors(settings: ConfigDict, cache_dir: Path) -> word_vectors.VectorSource:
+def open_vectors(settings: ConfigDict, cache_dir: Path) -> word_vectors.VectorSource:
+    """The source of vectors that `words.vectors` names."""
     kind, _, place = settings.vectors.partition(":")
     if kind != "corpus":
         return word_vectors.open_file(Path(settings.vectors), cache=cache_dir)
@@ -147,7 +150,12 @@ class CaptionMatcher:
         kept = words.has_vector
         self._rows = np.flatnonzero(kept)
         self._names = [words.names[row] for row in self._rows]
-        has = words.source.__contains__ if settings.unknown != "drop" else lambda word: False
+        if settings.unknown == "drop":
+            has: Callable[[str], bool] = lambda word: False  # noqa: E731
+        elif words.source is None:
+            raise UserError("words.vectors is empty; give a file, or words.unknown='drop'")
+        else:
+            has = words.source.__contains__
         self.captions = caption_words.usable(
             [text for own in texts for text in own],
             frozenset(self._names),
@@ -169,7 +177,7 @@ class CaptionMatcher:
         )
 
     def scores(
-        self, images: Iterator[tuple[np.ndarray, np.ndarray]], positions: np.ndarray, vectors
+        self, images: Iterable[tuple[Any, Any]], positions: np.ndarray, vectors: np.ndarray
     ) -> pair_scores.Scores:
         """All pairs of images, in batches of (regions, mask), and captions.
 
@@ -207,22 +215,48 @@ def make_scorer(
 ) -> Callable[[PyTree, PyTree], pair_scores.Scores]:
     """(params, extras) -> the scores of all images and captions of `source`."""
     matcher = CaptionMatcher(source, words, config.words)
-    images = ImageRegions(source, config.rows.most)
+    embed, most = jax.jit(method.predict["embed_image"]), config.rows.most
     with contextlib.suppress(BadSampleError):
-        images.sample(0, np.random.default_rng(0))  # too many regions are told at once
-    embed, names = jax.jit(method.predict["embed_image"]), tuple(method.specs["embed_image"])
+        ImageRegions(source, most).sample(0, np.random.default_rng(0))  # too many are told at once
 
     def score(params: PyTree, extras: PyTree) -> pair_scores.Scores:
-        parts, positions = [], []
         size, workers = config.evaluate.batch_size, config.data.workers
-        for batch in evaluation.device_batches(images, size, workers):
-            found = embed(params, extras, {name: batch[name] for name in names})
-            keys = {name: batch[name] for name in ("index", "valid")}
-            found = evaluation.to_host({**found, **keys})
-            valid = np.asarray(found["valid"])
-            parts.append((found["regions"][valid], found["mask"][valid]))
-            positions.append(found["index"][valid])
+        bound = functools.partial(embed, params, extras)
+        images = list(encoded(bound, source, most=most, batch_size=size, workers=workers))
         vectors = evaluation.to_host(extras["prototypes"].vectors)
-        return matcher.scores(iter(parts), np.concatenate(positions), vectors)
+        positions = np.concatenate([image.positions for image in images])
+        return matcher.scores(((i.regions, i.mask) for i in images), positions, vectors)
 
     return score
+
+
+class Encoded(NamedTuple):
+    """Regions of some images, on the host: [n, r, Z], their mask [n, r], the images' positions."""
+
+    regions: np.ndarray
+    mask: np.ndarray
+    positions: np.ndarray
+
+
+def encoded(
+    embed: Callable[[Batch], dict[str, Any]],
+    source: Source,
+    *,
+    most: int,
+    batch_size: int,
+    workers: int = 0,
+) -> Iterator[Encoded]:
+    """All readable images of `source` in order, encoded.
+
+    Args:
+      embed: {"features", "region_mask"} -> {"regions", "mask"}, see methods/mask.py.
+      source: images with region features. most: regions of an image.
+      batch_size, workers: see `evaluation.device_batches`.
+    """
+    examples = ImageRegions(source, most)
+    for batch in evaluation.device_batches(examples, batch_size, workers):
+        found = embed({name: batch[name] for name in ("features", "region_mask")})
+        keys = {name: batch[name] for name in ("index", "valid")}
+        host = evaluation.to_host({**found, **keys})
+        valid = np.asarray(host["valid"])
+        yield Encoded(*(np.asarray(host[name])[valid] for name in ("regions", "mask", "index")))

@@ -67,13 +67,13 @@ def read_config(folder: Path) -> ConfigDict:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} is no workdir of a run: it has no config.json")
-    config = ConfigDict(_tuples(json.loads(path.read_text())))
+    body = json.loads(path.read_text())
     for name, value in _ADDED.items():
         section, _, field = name.rpartition(".")
-        part = config.get(section, {}) if section else config
-        if section in ("", *config) and field not in part:
-            part[field] = _tuples(value)
-    return config
+        part = body.get(section) if section else body
+        if part is not None and field not in part:
+            part[field] = value
+    return ConfigDict(_tuples(body))
 
 
 def final_line(folder: Path, config: ConfigDict) -> dict[str, Any]:
