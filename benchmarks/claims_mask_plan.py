@@ -4,7 +4,7 @@ A run trains once, or reads raw features (MACK), and is then matched in every wa
 stands for: its variants change the words, the prototypes or the pooling, and never the training.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +148,7 @@ def tasks(
     tagger: str = "",
     overrides: Mapping[str, Any] | None = None,
     validation: bool = False,
+    variants: bool = True,
 ) -> list[harness.Task]:
     """All runs in the order in which they are worth having.
 
@@ -163,13 +164,14 @@ def tasks(
       tagger: that finds nouns and adjectives, see the config's words.tagger.
       overrides: dotted config fields, set wherever a run has them, before a row's own.
       validation: measure on the sources' validation parts.
+      variants: match each run in all ways, not in its own alone.
 
     Raises:
       UserError: an override that no run has.
     """
     given = {"data.cache_dir": str(cache_dir), "words.tagger": tagger}
     makers = [
-        _Maker(name, source, data, given, dict(overrides or {}), validation)
+        _Maker(name, source, data, given, dict(overrides or {}), validation, variants)
         for name, source in sources.items()
     ]
     planned = []
@@ -187,7 +189,7 @@ def tasks(
 
 
 def expanded(
-    planned: list[harness.Task], records: Mapping[str, Mapping[str, Any]]
+    planned: Sequence[harness.Task], records: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[harness.Task], dict[str, Mapping[str, Any]]]:
     """A task and a record for every variant of every run, as if each had been measured alone."""
     every, found = [], {}
@@ -197,14 +199,15 @@ def expanded(
         if not record:
             continue
         found[task.folder] = record
-        for variant in VARIANTS[task.name] if task.config.matching.variants else ():
+        for variant in VARIANTS.get(task.name, ()):
+            values = record["values"]["variants"].get(variant.key)
+            if not values:
+                continue
             own = dict(task.conditions[0])
             places = tuple({**own, **place} for place in variant.places)
             one = task._replace(name=variant.name, conditions=places)
             every.append(one)
-            values = record["values"]["variants"].get(variant.key)
-            if values:
-                found[one.folder] = {**record, "values": values}
+            found[one.folder] = {**record, "values": values}
     return every, found
 
 
@@ -219,9 +222,11 @@ class _Maker:
         given: Mapping[str, Any],
         overrides: Mapping[str, Any],
         validation: bool,
+        variants: bool,
     ):
         self.name, self.source, self.data = name, source, data
-        self.given, self.overrides, self.validation = given, overrides, validation
+        self.given, self.overrides = given, overrides
+        self.validation, self.variants = validation, variants
         self.found: set[str] = set()
 
     def row(self, name: str, seed: int) -> harness.Task:
@@ -231,16 +236,17 @@ class _Maker:
         if name == MASK:
             places += [{**places[0], **place} for place in _own_places(config)]
             config.matching.scores = SCORES
-            _take_variants(config, MASK)
+            self._take_variants(config, MASK)
         return self._task(name, places, config, measure.training)
 
     def raw(self) -> harness.Task:
         """MACK: prototypes of raw features, nothing to train, no word outside the knowledge."""
         config = self._config(MACK, 0, {"words.unknown": "drop"})
-        _take_variants(config, MACK)
+        self._take_variants(config, MACK)
         task = self._task(MACK, [{"source": self.name}], config, measure.raw)
-        read = {name for name in task.sections if name.startswith(("data.", "words."))}
-        return task._replace(seed=None, sections=(*sorted(read), "evaluate", "matching", "rows", "seed"))
+        kinds = ("data.", "words.", "evaluate", "matching", "rows", "seed")
+        read = tuple(name for name in task.sections if name.startswith(kinds))
+        return task._replace(seed=None, sections=read)
 
     def sweeps(self, seed: int) -> list[harness.Task]:
         """The weights that MASK's own row does not have, and the depths."""
@@ -260,7 +266,7 @@ class _Maker:
     def _config(self, name: str, seed: int, switches: Mapping[str, Any]) -> ConfigDict:
         config = self.source.make(self.data)
         part = self.source.validation if self.validation else self.source.test
-        config["matching"] = ConfigDict({
+        config.update({"matching": {
             "evaluated": {"split": part.split, "options": dict(part.options)},
             "domain": {
                 "split": self.source.domain.split, "options": dict(self.source.domain.options)
@@ -273,11 +279,19 @@ class _Maker:
             "fine_tuning": {"batch_images": 32, "batch_texts": 128, "learning_rate": 1e-4},
             "scores": "",  # the file that they are left in
             "variants": (),
-        })  # fmt: skip
+        }})  # fmt: skip
         _switch(config, self.name, {"seed": seed, **self.given})
         self.found |= harness.apply_overrides(config, self.overrides)
         _switch(config, name, switches)
         return config
+
+    def _take_variants(self, config: ConfigDict, name: str) -> None:
+        if self.variants:
+            config.matching.variants = tuple(
+                (variant.key, tuple(variant.switches.items()))
+                for variant in VARIANTS[name]
+                if variant.key != CHANCE
+            )
 
     def _condition(self, config: ConfigDict) -> dict[str, Any]:
         """Where a run's values stand in the results."""
@@ -311,14 +325,6 @@ def _own_places(config: ConfigDict) -> list[dict[str, Any]]:
         _in("lambda2", loss.contrastive_weight),
         _in("depth", AS_TABLE_8),
     ]
-
-
-def _take_variants(config: ConfigDict, name: str) -> None:
-    config.matching.variants = tuple(
-        (variant.key, tuple(variant.switches.items()))
-        for variant in VARIANTS[name]
-        if variant.key != CHANCE
-    )
 
 
 def _switch(config: ConfigDict, name: str, switches: Mapping[str, Any]) -> None:
