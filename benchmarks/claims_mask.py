@@ -6,12 +6,13 @@ Writes benchmarks/results/claims_mask.{json,md,png} after every finished run; st
 measures what is missing: what neither --runs nor the results file has a record of, for this config,
 and runs that were cut off go on from their last checkpoint. After a change of code that moves the
 results, delete both. --data (default: the environment variable TRM_DATA) holds coco_regions/,
-flickr8k_precomp/ and words/. A run trains once and is matched in all ways that its row stands for.
+flickr8k_precomp/ and words/; --data= leaves glyph scenes, which need none. A run trains once and is
+matched in all ways that its row stands for.
 
 To re-rank score matrices [images, captions] of other models by MASK's scores, for every seed:
 python benchmarks/claims_mask.py --seeds=3 --base=SCAN=scan.npy --base=CLIP=clip.npy
 
-To choose settings, on the images of flickr8k_precomp's dev split instead of its test split:
+To choose settings, on the images of flickr8k_precomp's dev split, or on other scenes:
 python benchmarks/claims_mask.py --validation --novariants --only=name=MASK,recipe= \
     --set=config.optimizer.learning_rate=1e-3
 """

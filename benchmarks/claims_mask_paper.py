@@ -76,9 +76,8 @@ RERANKED = {
 
 def figure(name: str, condition: Mapping[str, Any], metric: str) -> float | None:
     """The figure on Flickr30K of a row of the results file, None where there is none."""
-    recipe = condition.get("recipe")
-    table, key = (RECIPES.get(recipe, {}), condition.get(recipe)) if recipe else (ROWS, name)
-    found = table.get(key)
+    recipe = condition.get("recipe", "")
+    found = RECIPES.get(recipe, {}).get(condition.get(recipe)) if recipe else ROWS.get(name)
     if found is None or metric not in measure.QUALITY:
         return None
     return dict(zip(measure.QUALITY, (*found.recalls, found.flickr30k), strict=True))[metric]

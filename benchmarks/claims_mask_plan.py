@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import claims_mask_measure as measure
 from benchmarks import harness
-from configs import mask_coco_subset
+from configs import mask_coco_subset, mask_glyphs
 from trm_jax.types import UserError
 
 MASK, MACK, CHANCE = "MASK", "MACK", "chance"
@@ -40,10 +40,13 @@ SCORES = "scores.npz"  # of a run that re-ranks others
 
 
 class Part(NamedTuple):
-    """Images with captions: a split of data.test_dataset, and options beside data.test_options."""
+    """Images with captions: the config's own, or others like them.
 
-    split: str
-    options: Mapping[str, Any] = {}
+    split: of data.test_dataset, where there is one. switches: config fields that give others.
+    """
+
+    split: str = "test"
+    switches: Mapping[str, Any] = {}
 
 
 class Source(NamedTuple):
@@ -69,15 +72,28 @@ def _flickr8k(data: Path) -> ConfigDict:
     return mask_coco_subset.get_config(",".join(map(str, places)))
 
 
+# Scenes that are matched alone have no use for regions to learn from and for texts.
+_OTHER_SCENES = {"data.train_size": 1, "data.options.texts": 1}
+DOMAIN_SCENES = 1000
 _FLICKR8K = ("coco_regions/train2017.npz", "flickr8k_precomp", "words/glove.twitter.25d.12k.txt")
 SOURCES: dict[str, Source] = {
     "flickr8k": Source(
         "Knowledge of COCO's boxes, Flickr8k's captions",
         _flickr8k,
         _FLICKR8K,
-        test=Part("test"),
+        test=Part(),
         validation=Part("dev"),
         domain=Part("train"),
+    ),
+    "glyphs": Source(
+        "Glyph scenes: half of the synonyms stand in captions alone",
+        lambda _: mask_glyphs.get_config(),
+        (),
+        test=Part(),
+        validation=Part(switches={**_OTHER_SCENES, "data.options.seed": 1}),
+        domain=Part(
+            switches={**_OTHER_SCENES, "data.options.seed": 2, "data.test_size": DOMAIN_SCENES}
+        ),
     ),
 }
 
@@ -99,35 +115,33 @@ def _in(recipe: str, value: Any, **more: Any) -> dict[str, Any]:
     return {"recipe": recipe, recipe: value, **more}
 
 
-_MAP = "procrustes"
+def _fine_tuned(key: str, steps: int, **more: Any) -> Variant:
+    switches = {"matching.steps": steps, **{f"matching.{k}": v for k, v in more.items()}}
+    alone = {"prototypes_alone": True} if more else {}
+    return Variant(key, MASK, switches, (_in("fine-tuning", steps, **alone),))
+
+
 _POOLINGS = {"global mean": "global_mean", "bidirectional": "bidirectional"}
 VARIANTS: dict[str, tuple[Variant, ...]] = {
     MASK: (
         Variant("drop", "w/o OOD", {"words.unknown": "drop"}, ({}, _in("unknown", "drop"))),
         Variant("random", "random region", {"matching.prototypes": "random"}),
         *(Variant(p, name, {"words.pooling": p}) for name, p in _POOLINGS.items()),
-        Variant(_MAP, MASK, {"words.unknown": _MAP}, (_in("unknown", _MAP),)),
-        Variant("m=1", MASK, {"words.neighbours": 1}, (_in("m", "1"),)),
+        *(
+            Variant(kind, MASK, {"words.unknown": kind}, (_in("unknown", kind),))
+            for kind in ("interpolate", "procrustes")
+        ),
+        *(Variant(f"m={m}", MASK, {"words.neighbours": m}, (_in("m", str(m)),)) for m in (1, 10)),
         *(
             Variant(f"m={m}", MASK, {"matching.neighbours_share": share}, (_in("m", m),))
             for m, share in (("K/8", 1 / 8), ("K/2", 1 / 2), ("K", 1.0))
         ),
         *(
             Variant(kind, MASK, {"words.caption_words": kind}, (_in("caption_words", kind),))
-            for kind in ("nouns_adjectives", "nouns")
+            for kind in ("all", "nouns_adjectives", "nouns")
         ),
-        *(
-            Variant(
-                f"fine-tuned {steps}", MASK, {"matching.steps": steps}, (_in("fine-tuning", steps),)
-            )
-            for steps in FINE_TUNING
-        ),
-        Variant(
-            "fine-tuned prototypes",
-            MASK,
-            {"matching.steps": FINE_TUNING[1], "matching.transform_regions": False},
-            (_in("fine-tuning", FINE_TUNING[1], prototypes_alone=True),),
-        ),
+        *(_fine_tuned(f"fine-tuned {steps}", steps) for steps in FINE_TUNING),
+        _fine_tuned("fine-tuned prototypes", FINE_TUNING[1], transform_regions=False),
     ),
     MACK: (
         Variant("interpolate", "MACK, with OOD", {"words.unknown": "interpolate"}),
@@ -135,7 +149,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         *(Variant(p, f"MACK, {name}", {"words.pooling": p}) for name, p in _POOLINGS.items()),
         Variant(CHANCE, CHANCE, {}),
     ),
-}  # fmt: skip
+}
 
 
 def tasks(
@@ -177,9 +191,8 @@ def tasks(
     planned = []
     for seed in range(seeds):
         for maker in makers:
-            planned += [maker.row(name, seed) for name in LOSSES]
-            if not seed:
-                planned.insert(-len(LOSSES) + 1, maker.raw())
+            rows = [maker.row(name, seed) for name in LOSSES]
+            planned += rows if seed else [rows[0], maker.raw(), *rows[1:]]
     for seed in range(min(seeds, sweep_seeds)):
         planned += [task for maker in makers for task in maker.sweeps(seed)]
     unused = set(overrides or {}) - set().union(*(maker.found for maker in makers))
@@ -267,10 +280,8 @@ class _Maker:
         config = self.source.make(self.data)
         part = self.source.validation if self.validation else self.source.test
         config.update({"matching": {
-            "evaluated": {"split": part.split, "options": dict(part.options)},
-            "domain": {
-                "split": self.source.domain.split, "options": dict(self.source.domain.options)
-            },
+            "evaluated": _plain(part),
+            "domain": _plain(self.source.domain),
             "vectors": Path(config.words.vectors).name,  # where they lie is not what they are
             "prototypes": "mean",  # or "random": a region in place of each
             "neighbours_share": 0.0,  # of the knowledge's words, in place of words.neighbours
@@ -286,12 +297,14 @@ class _Maker:
         return config
 
     def _take_variants(self, config: ConfigDict, name: str) -> None:
-        if self.variants:
-            config.matching.variants = tuple(
-                (variant.key, tuple(variant.switches.items()))
-                for variant in VARIANTS[name]
-                if variant.key != CHANCE
-            )
+        """Those that change something."""
+        chosen = []
+        for variant in VARIANTS[name] if self.variants else ():
+            changed = config.copy_and_resolve_references()
+            _switch(changed, variant.key, variant.switches)
+            if changed != config:
+                chosen.append((variant.key, tuple(variant.switches.items())))
+        config.matching.variants = tuple(chosen)
 
     def _condition(self, config: ConfigDict) -> dict[str, Any]:
         """Where a run's values stand in the results."""
@@ -311,6 +324,10 @@ class _Maker:
         read |= {f"data.{field}" for field in config.data if field != "test_root"}
         read |= {f"words.{field}" for field in config.words if field not in ("vectors", "tagger")}
         return harness.Task(name, tuple(places), config.seed, config, function, tuple(sorted(read)))
+
+
+def _plain(part: Part) -> dict[str, Any]:
+    return {"split": part.split, "switches": tuple(part.switches.items())}
 
 
 def _own_places(config: ConfigDict) -> list[dict[str, Any]]:

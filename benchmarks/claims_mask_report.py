@@ -1,5 +1,6 @@
 """Results of the MASK claims as a results file, Markdown tables and a chart."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def leads(file: Mapping[str, Any]) -> dict[str, Any]:
         if row["name"] == plan.MASK and row["metric"] in measure.QUALITY
     }
     made = []
-    for row in part:
+    for row in sorted(part, key=lambda row: MAIN.index(row["name"])):
         mine = own.get((row["condition"]["source"], row["metric"]))
         if mine is None or row["name"] == plan.MASK:
             continue
@@ -199,12 +200,18 @@ def _recipe(file: Mapping[str, Any], source: str, recipe: str, title: str) -> li
     found = _rows(file, source=source, recipe=recipe)
     if not found:
         return []
-    if recipe in plan.WEIGHTS:
-        found.sort(key=lambda row: row["condition"][recipe])
+    found.sort(key=lambda row: _order(row["condition"][recipe]))
     labelled = [{**row, "name": _label(row["condition"], recipe)} for row in found]
     columns = report.metric_columns([*measure.RECALLS, "Rsum"])
     table = report.markdown_table({**file, "rows": labelled}, None, columns, head=recipe)
     return [f"### {title}\n", *filter(None, [_NOTES.get(recipe)]), table]
+
+
+def _order(value: Any) -> float:
+    """Numbers by their size, in texts too; K, K/2 behind them; all else as it is planned."""
+    if isinstance(value, str):
+        return float(value) if value.isdigit() else math.inf
+    return float(value)
 
 
 def _label(condition: Mapping[str, Any], recipe: str) -> str:
@@ -227,8 +234,9 @@ def _reranking(file: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _words(part: Mapping[str, Any]) -> list[str]:
-    named = [r["name"] for r in _rows(part, metric="uncovered")]
-    if not named:
+    named = {row["name"] for row in _rows(part, metric="uncovered")}
+    chosen = [name for name in (plan.MASK, "w/o OOD", plan.MACK) if name in named]
+    if not chosen:
         return []
     columns = report.metric_columns(measure.COVERAGE)
     text = (
@@ -236,23 +244,21 @@ def _words(part: Mapping[str, Any]) -> list[str]:
         "caption its words of the knowledge, its others with a vector that were used, and those "
         "dropped.\n"
     )
-    chosen = [name for name in (plan.MASK, "w/o OOD", plan.MACK) if name in named]
     table = report.markdown_table(part, chosen, columns, digits=2, bold_best=False)
     return ["### Words of the captions\n", text, table]
 
 
 def _watched(part: Mapping[str, Any]) -> list[str]:
-    present = [
-        m for m in (*measure.WATCHED, "Rsum_best", "steps", "seconds") if _rows(part, metric=m)
-    ]
-    if not present:
+    named = {row["name"] for row in _rows(part, metric="steps")}
+    chosen = [name for name in plan.LOSSES if name in named]
+    if not chosen:
         return []
-    named = {row["name"] for row in _rows(part, metric=present[0])}
-    table = report.markdown_table(
-        part, [n for n in plan.LOSSES if n in named], report.metric_columns(present), digits=2,
-        bold_best=False,
-    )  # fmt: skip
-    text = "Losses over the last sixth of a run; `Rsum_best` of six evaluations.\n"
+    columns = report.metric_columns([*measure.WATCHED, "Rsum_best", "steps", "seconds"])
+    text = (
+        "Losses over the last sixth of a run; `Rsum_best` of six evaluations; in seconds a run, "
+        "with all ways to match it.\n"
+    )
+    table = report.markdown_table(part, chosen, columns, digits=2, bold_best=False)
     return ["### Watched\n", text, table]
 
 

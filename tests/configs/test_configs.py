@@ -38,6 +38,7 @@ ARGUMENTS |= dict.fromkeys(("sgraf_flickr30k", "sgraf_coco"), ("", "saf", "sgr,f
 ARGUMENTS |= dict.fromkeys(("scan_coco", "scan_flickr30k"), ("", "folder"))
 ARGUMENTS |= dict.fromkeys(("naaf_coco", "naaf_flickr30k", "napreg_clip"), ("", "folder"))
 ARGUMENTS |= {"mask_coco_subset": ("", "regions,test,vectors"), "mask_vg": ("", "folder,vectors")}
+ARGUMENTS["mask_glyphs"] = ("", "3")
 ARGUMENTS["napreg_flickr8k"] = ("", "saf", "sgr,folder", "naaf")
 PAIRS = [name for name in NAMES if name.startswith("groupvit")]
 ARGUMENTS |= dict.fromkeys(PAIRS, ("", "infonce", "simcon,folder"))
@@ -137,7 +138,7 @@ class _FakeFeatures:
 
 def _shrunk(name, photos, monkeypatch):
     config = _config(name)
-    if config.method == "mask":
+    if config.method == "mask" and config.data.dataset != "glyph_regions":
         regions, test, vectors = knowledge_data.write(photos.parent)
         config.words.vectors = str(vectors)
         config.data.update({"root": str(regions), "dataset": "labelled_regions"})

@@ -119,9 +119,10 @@ def build(config: ConfigDict, *, cache_dir: Path) -> Experiment:
 
 def _build_knowledge(config: ConfigDict, cache_dir: Path) -> Experiment:
     """MASK: there are no pairs; regions with words are trained on, other images have captions."""
-    source: Any = knowledge.open_regions(config.data)
-    test = datasets.open_test(config.data)
-    words = knowledge.open_words(config.words, source.words, cache_dir)
+    data = knowledge.open_data(config, cache_dir)
+    source: Any = data.regions
+    test = data.captioned
+    words = knowledge.open_words(data.vectors, config.words.width, source.words, cache_dir)
     clip = knowledge.resolve(config.model, source.width, words.vectors.shape[1])
     examples = knowledge.rows(config.rows, source)
     method = _call(

@@ -18,13 +18,22 @@ from trm_jax.data.sources.labelled_regions import LabelledRegions, RegionSource
 from trm_jax.data.sources.visual_genome import VisualGenome
 from trm_jax.evaluate import caption_prototypes, knowledge_matching, pair_scores
 from trm_jax.models import knowledge as networks
-from trm_jax.train import evaluation
+from trm_jax.train import datasets, evaluation, glyph_knowledge
 from trm_jax.types import BadSampleError, Batch, Method, PyTree, UserError
 
 REGIONS: dict[str, Callable[..., RegionSource]] = {
     "labelled_regions": LabelledRegions,
     "visual_genome": VisualGenome,
 }
+
+
+class Data(NamedTuple):
+    """What a run of MASK reads: regions with words, images with captions, and where words' vectors
+    are (`words.vectors`)."""
+
+    regions: RegionSource
+    captioned: Source
+    vectors: str
 
 
 class Words(NamedTuple):
@@ -50,12 +59,25 @@ class Words(NamedTuple):
         return word_vectors.read_any_case(self.source, words).vectors
 
 
-def open_regions(data: ConfigDict) -> RegionSource:
-    """The word-labelled regions of a config's data section. Raises UserError."""
+def open_data(config: ConfigDict, cache_dir: Path) -> Data:
+    """The data of a config. Raises UserError for whatever of it cannot be used."""
+    data, vectors = config.data, config.words.vectors
+    if data.dataset == "glyph_regions":
+        found = glyph_knowledge.open_all(data, cache_dir)
+        return Data(found.train, found.test, vectors or f"corpus:{found.texts}")
+    regions = _open_regions(data)
+    if not vectors:
+        raise UserError(
+            "words.vectors is empty; give a file of word vectors (GloVe, word2vec or fastText)"
+        )
+    return Data(regions, datasets.open_test(data), vectors)
+
+
+def _open_regions(data: ConfigDict) -> RegionSource:
     if data.dataset not in REGIONS:
         raise UserError(
             f"data.dataset={data.dataset!r} has no word-labelled regions; method='mask' reads "
-            f"{' or '.join(REGIONS)}"
+            f"{', '.join(REGIONS)} or glyph_regions"
         )
     if not data.root:
         raise UserError(f"data.root is empty; '{data.dataset}' needs the place of its files")
@@ -70,40 +92,39 @@ def open_regions(data: ConfigDict) -> RegionSource:
     return opener(data.root, **options)
 
 
-def open_words(settings: ConfigDict, names: Sequence[str], cache_dir: Path) -> Words:
-    """The vectors of the regions' words, from what `words.vectors` names.
+def open_words(place: str, width: int, names: Sequence[str], cache_dir: Path) -> Words:
+    """The vectors of the regions' words.
 
-    Either a file of word vectors, or "corpus:FILE": they are made of its texts, one a line, by the
-    words that stand together (data/corpus_vectors.py), with `words.width` numbers.
+    Args:
+      place, width: see `open_vectors`.
+      names: the words.
+      cache_dir: for the index of a file in a folder that cannot be written to.
 
     Raises:
       UserError: there is no such file, it is damaged, or it has none of the words.
     """
-    if not settings.vectors:
-        raise UserError(
-            "words.vectors is empty; give a file of word vectors (GloVe, word2vec or fastText)"
-        )
-    source = open_vectors(settings, cache_dir)
+    source = open_vectors(place, width, cache_dir)
     found = word_vectors.read_any_case(source, names)
     words = Words(tuple(names), np.where(found.found[:, None], found.vectors, 0.0), source)
     if not words.has_vector.any():
         raise UserError(
-            f"{settings.vectors} has a vector for none of the {len(names)} words of the regions, "
-            f"such as {names[0]!r}"
+            f"{place} has a vector for none of the {len(names)} words of the regions, such as "
+            f"{names[0]!r}"
         )
     return words
 
 
-def open_vectors(settings: ConfigDict, cache_dir: Path) -> word_vectors.VectorSource:
-    """The source of vectors that `words.vectors` names."""
-    kind, _, place = settings.vectors.partition(":")
+def open_vectors(place: str, width: int, cache_dir: Path) -> word_vectors.VectorSource:
+    """A file of word vectors, or "corpus:FILE": vectors of `width` numbers made of its texts, one a
+    line, by the words that stand together (data/corpus_vectors.py)."""
+    kind, _, file = place.partition(":")
     if kind != "corpus":
-        return word_vectors.open_file(Path(settings.vectors), cache=cache_dir)
+        return word_vectors.open_file(Path(place), cache=cache_dir)
     try:
-        texts = Path(place).read_text(encoding="utf-8").splitlines()
+        texts = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"words.vectors={settings.vectors} cannot be read: {error}") from None
-    return corpus_vectors.fit(texts, width=settings.width)
+        raise UserError(f"words.vectors={place} cannot be read: {error}") from None
+    return corpus_vectors.fit(texts, width=width)
 
 
 def resolve(model: ConfigDict, features: int, word_width: int) -> dict[str, Any]:

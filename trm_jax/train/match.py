@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from trm_jax.data import word_vectors
 from trm_jax.evaluate import pair_scores, reranking, retrieval
 from trm_jax.memory import knowledge_file
-from trm_jax.train import experiment, knowledge, knowledge_sets, sharding, workdirs
+from trm_jax.train import experiment, knowledge_sets, sharding, workdirs
 from trm_jax.types import UserError
 
 
@@ -120,7 +120,7 @@ def score(options: Options) -> None:
             of,
             source,
             words,
-            vectors=_vectors(words, options.workdir),
+            vectors=_vectors(words, built),
             most=config.rows.most,
             random_regions=options.random_regions,
             transform_regions=options.transform_regions,
@@ -173,7 +173,7 @@ def tune(options: Options) -> None:
         of,
         source,
         words,
-        vectors=_vectors(words, options.workdir),
+        vectors=_vectors(words, built),
         most=config.rows.most,
         steps=options.steps,
         learning_rate=options.learning_rate,
@@ -221,10 +221,8 @@ def _sides(options: Options, config: ConfigDict, built, params, extras):
     return encoder, source, ConfigDict(words)
 
 
-def _vectors(words: ConfigDict, workdir: str) -> word_vectors.VectorSource | None:
-    if words.unknown == "drop":
-        return None
-    return knowledge.open_vectors(words, Path(workdir) / "features")
+def _vectors(words: ConfigDict, built) -> word_vectors.VectorSource | None:
+    return None if words.unknown == "drop" else built.words.source
 
 
 def _scores_file(name: str) -> Path:
