@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from trm_jax.losses.cosine import normalize
 from trm_jax.models.clip import towers
-from trm_jax.models.matching import attention, naaf, sgraf
 from trm_jax.models.matching import model as matching
+from trm_jax.models.matching import naaf, sgraf
 from trm_jax.models.placement import replicated, sharded_rows
 from trm_jax.types import ArraySpec, Batch, BatchSpec, PyTree, UserError
 
@@ -104,21 +104,16 @@ def in_blocks(
 
     Args:
       config: of the model.
-      score: (regions, *rest of the images, *captions) -> (scores, statistics); its regions are
-        prepared.
+      score: (*images, *captions) -> (scores, statistics); regions and words come prepared.
       images: regions [n, r, d] and more arrays [n, ...].
-      captions: arrays [m, ...].
+      captions: words [m, T, d], mask [m, T] and more arrays [m, ...].
       block: captions at a time, 0 for all.
     """
-
-    def of_images(regions, *rest):
-        prepared = attention.prepare(regions)
-        return lambda *some: score(prepared, *rest, *some)
 
     # SAF's statistics are those of all images.
     whole = jax.default_backend() != "cpu" or config["kind"] == "sgraf"
     image_block = 0 if whole else _CPU_IMAGES * jax.device_count()
-    return matching.in_blocks(of_images, images, captions, block=block, image_block=image_block)
+    return matching.in_blocks(score, images, captions, block=block, image_block=image_block)
 
 
 class _Regions(NamedTuple):

@@ -11,8 +11,8 @@ context,
 
     <query, sum_i e_i v_i> = sum_i e_i s_i    and    |sum_i e_i v_i|^2 = e' G e.
 
-What captions share, the Gram matrix of an image and its regions with d as the first axis (as the
-product of matrices reads its second operand), is made by `prepare`, outside of loops over captions.
+What pairs share, the Gram matrices and the vectors with d as the first axis (as the product of
+matrices reads its second operand), is made by `prepare`, outside of loops over pairs.
 
 Gradients are written out where the automatic ones make XLA transpose arrays of all pairs, which
 takes a CPU several times longer than the products.
@@ -36,12 +36,12 @@ def _product(left: Array, right: Array, over: tuple, batch: tuple = ((), ())) ->
     return jax.lax.dot_general(left, right, (over, batch), precision=_EXACT)
 
 
-class Regions(NamedTuple):
-    """Regions of images and what all captions share of them; jit drops what is not read.
+class Prepared(NamedTuple):
+    """Vectors of images or captions and what all their pairs share; jit drops what is not read.
 
-    vectors: [n, r, d] of unit norm.
-    columns: [d, r, n], the same.
-    gram: [n, r, r] inner products of the regions of an image.
+    vectors: [n, k, d] of unit norm, or zero.
+    columns: [d, k, n], the same.
+    gram: [n, k, k] inner products of the vectors of an image or caption.
     """
 
     vectors: Array
@@ -49,12 +49,21 @@ class Regions(NamedTuple):
     gram: Array
 
 
-def prepare(regions: Float[AnyArray, "n r d"] | Regions) -> Regions:
-    """Regions [n, r, d] with what captions share of them; what is prepared stays as it is."""
-    if isinstance(regions, Regions):
-        return regions
-    vectors = jnp.asarray(regions)
-    return Regions(vectors, columns(vectors), gram(vectors))
+def prepare(vectors: Float[AnyArray, "n k d"] | Prepared) -> Prepared:
+    """Vectors [n, k, d] with what their pairs share; what is prepared stays as it is."""
+    if isinstance(vectors, Prepared):
+        return vectors
+    vectors = jnp.asarray(vectors)
+    return Prepared(vectors, columns(vectors), gram(vectors))
+
+
+def prepare_words(
+    words: Float[AnyArray, "m T d"] | Prepared, mask: Bool[AnyArray, "m T"]
+) -> Prepared:
+    """The same of words, zero where `mask` is false; prepared words must be so already."""
+    if isinstance(words, Prepared):
+        return words
+    return prepare(jnp.where(jnp.asarray(mask)[..., None], words, 0.0))
 
 
 def columns(vectors: Float[AnyArray, "b j d"]) -> Float[Array, "d j b"]:

@@ -4,6 +4,7 @@ Everything is used through `model.apply(variables, ..., method="encode_image")` 
 is apart from scoring, so that each image and each caption of an evaluation is encoded once.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,9 +85,9 @@ class MatchingModel(nn.Module):
 
     def score(
         self,
-        regions: Float[AnyArray, "n r d"] | attention.Regions,
+        regions: Float[AnyArray, "n r d"] | attention.Prepared,
         image_global: Float[AnyArray, "n g"],
-        words: Float[AnyArray, "m T d"],
+        words: Float[AnyArray, "m T d"] | attention.Prepared,
         mask: Bool[AnyArray, "m T"],
         caption_global: Float[AnyArray, "m g"],
         threshold: Float[AnyArray, " m"],
@@ -96,7 +97,7 @@ class MatchingModel(nn.Module):
         """Scores of all pairs.
 
         Args:
-          regions, words: as encoded; the regions may be `prepare`d. mask: true at real words.
+          regions, words: as encoded, or prepared. mask: true at real words.
           image_global, caption_global: from `prepare_images` and `prepare_captions`.
           threshold: of each caption, for NAAF.
           train: SAF takes statistics over the images for each caption.
@@ -105,7 +106,7 @@ class MatchingModel(nn.Module):
         Returns:
           (scores; SAF's statistics of each caption [m, 2] in training, else [m, 0]).
         """
-        kind, none = self.config["kind"], jnp.zeros((words.shape[0], 0))
+        kind, none = self.config["kind"], jnp.zeros((mask.shape[0], 0))
         if kind == "scan":
             return self.scorer(regions, words, mask, train=train), none
         if kind == "naaf":
@@ -157,7 +158,7 @@ def init(model: MatchingModel, key: Key) -> dict[str, PyTree]:
 
 
 def in_blocks(
-    function: Callable[..., Callable[..., tuple[Array, Array]]],
+    function: Callable[..., tuple[Array, Array]],
     images: tuple[Array, ...],
     captions: tuple[Array, ...],
     *,
@@ -167,10 +168,10 @@ def in_blocks(
     """Scores of all images with all captions, so many at a time; the gradient scores them again.
 
     Args:
-      function: images of a block -> (captions of a block -> (scores [a, b], statistics [b, s])).
-        What the outer function does is done once for its images.
-      images: arrays [n, ...].
-      captions: arrays [m, ...].
+      function: (*images, *captions) of two blocks -> (scores [a, b], statistics [b, s]). It gets
+        regions and words prepared, each once: blocks do not prepare them anew.
+      images: regions [n, r, d], then other arrays [n, ...].
+      captions: words [m, T, d], mask [m, T], then other arrays [m, ...].
       block: captions of a block, 0 for all at once. The last one is filled up with zeros.
       image_block: the same of images; only for a function without statistics (s = 0), which would
         be those of a block.
@@ -178,40 +179,46 @@ def in_blocks(
     Returns:
       (scores [n, m], statistics [m, s]).
     """
-    count = images[0].shape[0]
-    if not image_block or image_block >= count:
-        return _caption_blocks(function(*images), captions, block)
-    number = -(-count // image_block)
+    count, texts = images[0].shape[0], captions[0].shape[0]
+    regions, *image_parts = _cut(images, image_block)
+    words, mask, *caption_parts = _cut(captions, block)
+    every_image = (jax.vmap(attention.prepare)(regions), *image_parts)
+    every_caption = (jax.vmap(attention.prepare_words)(words, mask), mask, *caption_parts)
+    several = jax.tree.leaves(every_image)[0].shape[0] > 1
 
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, number * image_block - count), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(number, image_block, *x.shape[1:])
-
-    def one(item: tuple[Array, ...]) -> Array:
-        scores, statistics = _caption_blocks(function(*item), captions, block)
-        if statistics.size:
+    def of_images(part: tuple) -> tuple[Array, Array]:
+        scores, statistics = _each(lambda other: function(*part, *other), every_caption, True)
+        if several and statistics.size:
             raise ValueError("statistics over the images need image_block=0")
-        return scores
+        scores = scores.swapaxes(0, 1).reshape(scores.shape[1], -1)[:, :texts]
+        width = statistics.shape[-1]  # which may be 0
+        return scores, statistics.reshape(math.prod(statistics.shape[:2]), width)[:texts]
 
-    scores = jax.lax.map(one, tuple(map(cut, images)))
-    return scores.reshape(-1, scores.shape[-1])[:count], jnp.zeros((scores.shape[-1], 0))
+    scores, statistics = _each(of_images, every_image, False)
+    return scores.reshape(-1, texts)[:count], statistics[0]
 
 
-def _caption_blocks(function: Callable, captions: tuple[Array, ...], block: int):
-    """(scores [n, m], statistics [m, s]) of captions [m, ...], `block` at a time."""
-    count = captions[0].shape[0]
-    if not block or block >= count:
-        return function(*captions)
-    number = -(-count // block)
+def _cut(arrays: tuple[Array, ...], size: int) -> tuple[Array, ...]:
+    """Arrays [n, ...] as [blocks, size, ...], filled up with zeros; 0 is one block."""
+    count = arrays[0].shape[0]
+    size = min(size or count, count)
+    number = -(-count // size)
 
     def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, number * block - count), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(number, block, *x.shape[1:])
+        x = jnp.pad(x, ((0, number * size - count), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(number, size, *x.shape[1:])
 
-    body = jax.checkpoint(lambda item: function(*item), prevent_cse=False)
-    scores, statistics = jax.lax.map(body, tuple(map(cut, captions)))
-    scores = scores.swapaxes(0, 1).reshape(scores.shape[1], -1)[:, :count]
-    return scores, statistics.reshape(number * block, -1)[:count]
+    return tuple(map(cut, arrays))
+
+
+def _each(function: Callable, parts: PyTree, again: bool) -> PyTree:
+    """`function` of every part, stacked, in a loop if there are several; `again`: the gradient
+    computes them anew."""
+    if jax.tree.leaves(parts)[0].shape[0] == 1:
+        found = function(jax.tree.map(lambda x: x[0], parts))
+        return jax.tree.map(lambda x: x[None], found)
+    body = jax.checkpoint(function, prevent_cse=False) if again else function
+    return jax.lax.map(body, parts)
 
 
 def _scorer(config: Mapping[str, Any]) -> nn.Module:

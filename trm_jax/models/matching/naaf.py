@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float
 
 from trm_jax.models import AnyArray
 from trm_jax.models.matching.attention import (
-    Regions,
+    Prepared,
     attended_cosine,
     attention,
-    columns,
     prepare,
+    prepare_words,
     similarities,
 )
 
@@ -50,8 +50,8 @@ class Naaf(nn.Module):
     @nn.compact
     def __call__(
         self,
-        regions: Float[AnyArray, "n r d"] | Regions,
-        words: Float[AnyArray, "m T d"],
+        regions: Float[AnyArray, "n r d"] | Prepared,
+        words: Float[AnyArray, "m T d"] | Prepared,
         mask: Bool[AnyArray, "m T"],
         *,
         threshold: Float[AnyArray, ""] | Float[AnyArray, " m"],
@@ -60,23 +60,23 @@ class Naaf(nn.Module):
         """Scores in about [-2, 2]; 0 for a caption without words.
 
         Args:
-          regions: of unit norm; once `prepare`d for all blocks of captions.
-          words: of unit norm; padding is never read.
+          regions: of unit norm.
+          words: of unit norm; padding is never read. Both may be prepared, once for many pairs.
           mask: true at the real words of a caption.
           threshold: of all captions or of each: `NaafState.threshold` in training,
             `NaafState.safe_threshold` in evaluation. It gets no gradient.
           train: which of the two first terms.
         """
-        images, mask = prepare(regions), jnp.asarray(mask)
-        words = jnp.where(mask[..., None], words, 0.0)
+        mask = jnp.asarray(mask)
+        images, captions = prepare(regions), prepare_words(words, mask)
         threshold = jax.lax.stop_gradient(jnp.asarray(threshold)).reshape(1, 1, -1)
-        similarity = similarities(images.vectors, columns(words))  # [n, r, T, m]
+        similarity = similarities(images.vectors, captions.columns)  # [n, r, T, m]
         greatest = similarity.max(axis=1)
         excess = greatest - threshold
         if train:
             missing = jnp.minimum(excess, 0.0)
         else:
-            mixing = self._mixing(words, mask)
+            mixing = self._mixing(captions.gram, mask)
             mixed = jnp.einsum("mtu,num->ntm", mixing, excess, precision="highest")
             missing = jnp.where(mixed < 0.0, excess, 0.0)
         # A cosine is the same for any factor of the weights: the greatest one is made 1.
@@ -89,10 +89,9 @@ class Naaf(nn.Module):
         scores = jnp.sum(missing + there + seen, axis=1, where=mask.T[None])
         return scores / jnp.maximum(mask.sum(axis=1), 1)[None]
 
-    def _mixing(self, words: Array, mask: Array) -> Array:
+    def _mixing(self, gram: Array, mask: Array) -> Array:
         """How much word t heeds word u of its caption: [m, T, T], rows of sum 1."""
-        logits = jnp.einsum("mtd,mud->mtu", words, words, precision="highest")
-        logits = jnp.where(mask[:, None], self.mixing_scale * logits, jnp.finfo(logits.dtype).min)
+        logits = jnp.where(mask[:, None], self.mixing_scale * gram, jnp.finfo(gram.dtype).min)
         return jax.nn.softmax(logits, axis=-1)
 
 

@@ -10,12 +10,11 @@ from jaxtyping import Array, Bool, Float
 
 from trm_jax.models import AnyArray
 from trm_jax.models.matching.attention import (
-    Regions,
+    Prepared,
     attended_cosine,
     attention,
-    columns,
-    gram,
     prepare,
+    prepare_words,
     similarities,
 )
 from trm_jax.types import UserError
@@ -48,8 +47,8 @@ class Scan(nn.Module):
     @nn.compact
     def __call__(
         self,
-        regions: Float[AnyArray, "n r d"] | Regions,
-        words: Float[AnyArray, "m T d"],
+        regions: Float[AnyArray, "n r d"] | Prepared,
+        words: Float[AnyArray, "m T d"] | Prepared,
         mask: Bool[AnyArray, "m T"],
         *,
         train: bool = False,
@@ -57,8 +56,8 @@ class Scan(nn.Module):
         """Scores; 0 for a caption without words.
 
         Args:
-          regions: of unit norm; once `prepare`d for all blocks of captions.
-          words: of unit norm; padding is never read.
+          regions: of unit norm.
+          words: of unit norm; padding is never read. Both may be prepared, once for many pairs.
           mask: true at the real words of a caption.
           train: training and evaluation do not differ.
 
@@ -73,17 +72,17 @@ class Scan(nn.Module):
         scale, lse_scale = SCALES[self.direction]
         scale = scale if self.attention_scale is None else self.attention_scale
         lse_scale = lse_scale if self.lse_scale is None else self.lse_scale
-        images, mask = prepare(regions), jnp.asarray(mask)
-        words = jnp.where(mask[..., None], words, 0.0)
+        mask = jnp.asarray(mask)
+        images, captions = prepare(regions), prepare_words(words, mask)
         if self.direction == "t2i":
-            similarity = similarities(images.vectors, columns(words))
+            similarity = similarities(images.vectors, captions.columns)
             weights = attention(similarity, scale)
             relevance = attended_cosine(weights, similarity, images.gram)  # [n, T, m]
             scores = self._pool(relevance, mask.T[None], lse_scale)
         else:
-            similarity = similarities(words, images.columns)
+            similarity = similarities(captions.vectors, images.columns)
             weights = attention(similarity, scale, mask)
-            relevance = attended_cosine(weights, similarity, gram(words))  # [m, r, n]
+            relevance = attended_cosine(weights, similarity, captions.gram)  # [m, r, n]
             scores = self._pool(relevance, jnp.ones((1, relevance.shape[1], 1), bool), lse_scale).T
         return jnp.where(mask.any(axis=1)[None], scores, 0.0)
 

@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float
 from trm_jax.losses.cosine import normalize
 from trm_jax.models import AnyArray
 from trm_jax.models.matching.attention import (
-    Regions,
+    Prepared,
     attention,
-    columns,
     prepare,
+    prepare_words,
     similarities,
     squared_norms,
 )
@@ -303,9 +303,9 @@ class Sgraf(nn.Module):
 
     def __call__(
         self,
-        regions: Float[AnyArray, "n r d"] | Regions,
+        regions: Float[AnyArray, "n r d"] | Prepared,
         image_global: Float[AnyArray, "n d"] | None,
-        words: Float[AnyArray, "m T d"],
+        words: Float[AnyArray, "m T d"] | Prepared,
         mask: Bool[AnyArray, "m T"],
         *,
         caption_global: Float[AnyArray, "m d"] | None = None,
@@ -315,7 +315,7 @@ class Sgraf(nn.Module):
         """Scores of all images and a block of captions; 0 for a caption without words.
 
         Args:
-          regions: of unit norm; once `prepare`d for all blocks of captions.
+          regions: of unit norm; these and words may be prepared, once for many pairs.
           image_global: from `prepare_images`; None: computed here.
           words: of unit norm; padding is never read.
           mask: true at the real words of a caption.
@@ -326,14 +326,14 @@ class Sgraf(nn.Module):
         Returns:
           (scores, SAF's statistics of each caption in training, for `with_statistics`, else None).
         """
-        images, mask = prepare(regions), jnp.asarray(mask)
-        words = jnp.where(mask[..., None], words, 0.0)
+        mask = jnp.asarray(mask)
+        images, captions = prepare(regions), prepare_words(words, mask)
         if image_global is None:
             image_global = self.prepare_images(images.vectors, train, where)
         if caption_global is None:
-            caption_global = self.prepare_captions(words, mask, train)
+            caption_global = self.prepare_captions(captions.vectors, mask, train)
         with jax.default_matmul_precision(self.precision):
-            nodes = self._similarity_vectors(images, image_global, words, caption_global)
+            nodes = self._similarity_vectors(images, image_global, captions, caption_global)
             present = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
             statistics = None
             if self.module == "sgr":
@@ -346,17 +346,21 @@ class Sgraf(nn.Module):
         return jnp.where(mask.any(axis=1)[None], scores, 0.0), statistics
 
     def _similarity_vectors(
-        self, images: Regions, image_global: AnyArray, words: Array, caption_global: AnyArray
+        self,
+        images: Prepared,
+        image_global: AnyArray,
+        captions: Prepared,
+        caption_global: AnyArray,
     ) -> Array:
         """[n, m, 1 + T, sim_dim] of unit norm: the global one, then the words'."""
-        similarity = similarities(images.vectors, columns(words))
+        similarity = similarities(images.vectors, captions.columns)
         weights = attention(similarity, self.attention_scale)
         # The contexts' norm by the Gram matrix: no further sum over their d numbers.
         norms = jnp.maximum(squared_norms(weights, images.gram), _TINY)
         weights = (weights * jax.lax.rsqrt(norms)[:, None]).swapaxes(2, 3)  # [n, r, m, T]
         n, r, m, length = weights.shape
         contexts = _contexts(weights.reshape(n, r, m * length), images.vectors)
-        local = (contexts.reshape(n, m, length, -1) - words[None]) ** 2
+        local = (contexts.reshape(n, m, length, -1) - captions.vectors[None]) ** 2
         whole = (image_global[:, None] - caption_global[None]) ** 2
         local, whole = self.local_similarity(local), self.global_similarity(whole)
         return normalize(jnp.concatenate([whole[:, :, None], local], axis=2))
