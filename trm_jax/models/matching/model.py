@@ -180,13 +180,13 @@ def in_blocks(
       (scores [n, m], statistics [m, s]).
     """
     count, texts = images[0].shape[0], captions[0].shape[0]
-    regions, *image_parts = _cut(images, image_block)
+    every_image = _cut(images, image_block)
     words, mask, *caption_parts = _cut(captions, block)
-    every_image = (jax.vmap(attention.prepare)(regions), *image_parts)
     every_caption = (jax.vmap(attention.prepare_words)(words, mask), mask, *caption_parts)
-    several = jax.tree.leaves(every_image)[0].shape[0] > 1
+    several = every_image[0].shape[0] > 1
 
     def of_images(part: tuple) -> tuple[Array, Array]:
+        part = (attention.prepare(part[0]), *part[1:])
         scores, statistics = _each(lambda other: function(*part, *other), every_caption, True)
         if several and statistics.size:
             raise ValueError("statistics over the images need image_block=0")
