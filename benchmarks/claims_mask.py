@@ -146,6 +146,8 @@ def read_bases(words: Sequence[str]) -> dict[str, np.ndarray]:
             scores = np.load(path)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"--base={word}: {path} cannot be read as an array: {error}") from None
+        if not isinstance(scores, np.ndarray):
+            raise UserError(f"--base={word}: {path} holds several arrays; save one as .npy")
         found[name if equals else path.stem] = scores
     return found
 

@@ -56,6 +56,7 @@ def training(config: ConfigDict, folder: Path) -> dict[str, Any]:
     every = -(-built.job.total_steps // POINTS)
     job = built.job._replace(
         evaluate=knowledge.make_evaluator(config, built.method, built.words, test),
+        eval_split="test" if test is built.test else "val",
         log_every=every,
         eval_every=every,
         checkpoint_every=every,

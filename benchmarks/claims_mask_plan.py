@@ -279,6 +279,8 @@ class _Maker:
     def _config(self, name: str, seed: int, switches: Mapping[str, Any]) -> ConfigDict:
         config = self.source.make(self.data)
         part = self.source.validation if self.validation else self.source.test
+        for other in (part, self.source.domain):
+            _switch(config.copy_and_resolve_references(), self.name, other.switches)
         config.update({"matching": {
             "evaluated": _plain(part),
             "domain": _plain(self.source.domain),

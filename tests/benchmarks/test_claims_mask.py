@@ -455,13 +455,14 @@ def test_the_command_goes_on_from_records_and_reranks(tmp_path):
     path = tmp_path / "claims.json"
     workdirs.write_json(path, {"records": {kept: records[kept]}})
     same = ["--seeds=1", f"--results={path}", f"--data={tmp_path}"]
-    only, base = "--only=name=MASK|MACK,recipe=", f"--base=SCAN={tmp_path}/scan.npy"
+    photos = "--only=source=flickr8k"
+    only, base = f"{photos},name=MASK|MACK,recipe=", f"--base=SCAN={tmp_path}/scan.npy"
     commands = [
         # Nothing is left of these two rows: what is known is written, and re-ranks ...
         [*same, f"--runs={tmp_path}/runs", only, base, "--top=10"],
         # ... which is known from then on, without the run.
         [*same, f"--runs={tmp_path}/none", only, base, "--top=10"],
-        [*same, f"--runs={tmp_path}/none", "--only=", "--dry-run"],
+        [*same, f"--runs={tmp_path}/none", photos, "--dry-run"],
         [*same, f"--base={tmp_path}/none.npy"],
     ]
     done = subprocess.run(
@@ -476,7 +477,7 @@ def test_the_command_goes_on_from_records_and_reranks(tmp_path):
     rsum = _row(file, "SCAN", "Rsum", recipe="re-ranked", alpha=0.15)["mean"]
     owner = arrays["image_of_text"]
     assert rsum == pytest.approx(retrieval.recalls(scores, owner)["Rsum"], abs=1e-4)
-    assert file["unfinished_runs"] == {"flickr8k": 9}
+    assert file["unfinished_runs"] == {"flickr8k": 9, "glyphs": 11}
     listed = [("done" if t.folder in (run, kept) else "todo", t.folder) for t in tasks]
     assert said[3:] == [" ".join(line) for line in listed]
     # A mistake is told in one line.

@@ -72,7 +72,7 @@ def estimate(
             vectors[rows] = found.prototypes
             report["neighbours"] = found.top
             made_of = {
-                name: tuple(words[k] for k in near)
+                name: tuple(str(words[int(k)]) for k in near)
                 for name, near in zip(names, found.neighbours, strict=True)
             }
         elif unknown == "procrustes":
