@@ -150,14 +150,7 @@ class _Lookup:
         self._has_vector = has_vector
         self._longest = longest
         self._rows: dict[str, int | None] = {}
-        # By their tokens with spaces between, since a caption's "women's hat" has three.
-        self._concepts: dict[str, str] = {}
-        self._starts: set[str] = set()
-        for word in sorted(self._knowledge):
-            parts = tokens(word)
-            if 1 < len(parts) <= longest:
-                self._concepts.setdefault(" ".join(parts), word)
-                self._starts.add(parts[0])
+        self._concepts, self._starts = _concepts(self._knowledge, longest)
 
     def rows(self, parts: Sequence[str], wanted: Sequence[bool]) -> list[int]:
         """The numbers of one caption's words, of units whose last token is wanted."""
@@ -203,6 +196,19 @@ class _Lookup:
             self.numbers[form] = len(self.known)
             self.known.append(known)
         return self.numbers[form]
+
+
+@functools.lru_cache(maxsize=4)
+def _concepts(knowledge: frozenset[str], longest: int) -> tuple[dict[str, str], frozenset[str]]:
+    """(words of several tokens, by these: a caption's "women's hat" has three; first tokens)."""
+    found: dict[str, str] = {}
+    starts: set[str] = set()
+    for word in sorted(knowledge):
+        parts = tokens(word)
+        if 1 < len(parts) <= longest:
+            found.setdefault(" ".join(parts), word)
+            starts.add(parts[0])
+    return found, frozenset(starts)
 
 
 @functools.cache

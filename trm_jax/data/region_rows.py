@@ -33,7 +33,7 @@ class RegionRows:
       regions: R of a row; 1 if attention_set is "region".
       samples: Q of a row.
       attention_set: what a region may attend to: "image" puts the regions of an image together,
-        "region" gives each a row of its own.
+        "region" gives each a row of its own, with as many samples as any region has.
 
     Raises:
       UserError: an argument is out of its range, or a region has more words than a row holds.
@@ -54,8 +54,10 @@ class RegionRows:
         if min(regions, samples) < 1:
             raise UserError(f"a row of {regions} regions and {samples} samples; give 1 or more")
         self.source = source
-        self.num_regions = regions if attention_set == "image" else 1
-        self.num_samples = samples
+        self.num_regions, self.num_samples = regions, samples
+        if attention_set == "region":
+            counts = (np.bincount(source.samples(g)[:, 0]).max() for g in range(len(source)))
+            self.num_regions, self.num_samples = 1, min(samples, int(max(counts, default=1)))
         rows = [(g, *row) for g in range(len(source)) for row in self._cut(g)]
         # Of each row: its image, its first and last region, and its first and last sample there.
         self._rows = np.asarray(rows, np.int32).reshape(-1, 5)

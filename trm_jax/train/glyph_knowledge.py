@@ -5,6 +5,7 @@ Three streams of scenes: regions with words to learn from, captioned ones to mat
 from which word vectors are made.
 """
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,10 @@ def open_all(data: ConfigDict, cache_dir: Path) -> GlyphKnowledge:
             _write(path, part, held_out, options, data.image_size)
         others = GlyphScenes(seed=_seed(seed, _TEXTS), size=options["texts"], image_size=32)
         lines = [text for index in range(len(others)) for text in others.captions(index)]
-        texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        # Whole or not at all: another run may be reading it.
+        temporary = texts.with_name(f".{texts.name}.{os.getpid()}")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(temporary, texts)
     distributed.barrier()
     return GlyphKnowledge(LabelledRegions(files[0]), CaptionedRegions(files[1], scenes[1]), texts)
 
