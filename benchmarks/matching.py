@@ -27,7 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import flags  # noqa: E402
 
-from benchmarks import harness, scoring_plan  # noqa: E402
+from benchmarks import harness, measurements, scoring_plan  # noqa: E402
 from benchmarks import matching_plan as plans  # noqa: E402
 from benchmarks.matching_sides import SIDES, Task  # noqa: E402
 from benchmarks.simcon_loss_plan import numbers  # noqa: E402
@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> None:
         template,
     )
     device, path = harness.device_name(kind), Path(_RESULTS.value)
-    plans.run(tasks, path, again=_AGAIN.value, backend=backend, device=device)
+    options = {"again": _AGAIN.value, "backend": backend, "device": device}
+    measurements.run(plans.BENCHMARK, tasks, path, **options)
 
 
 if __name__ == "__main__":

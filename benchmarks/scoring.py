@@ -30,7 +30,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from absl import flags  # noqa: E402
 
-from benchmarks import harness  # noqa: E402
+from benchmarks import harness, measurements  # noqa: E402
 from benchmarks import scoring_plan as plans  # noqa: E402
 from benchmarks.scoring_programs import SCORERS, Task  # noqa: E402
 from benchmarks.simcon_loss_plan import numbers  # noqa: E402
@@ -89,7 +89,8 @@ def main(arguments: list[str]) -> None:
         backend,
     )
     device, path = harness.device_name(kind), Path(_RESULTS.value)
-    plans.run(tasks, path, again=_AGAIN.value, backend=backend, device=device)
+    options = {"again": _AGAIN.value, "backend": backend, "device": device}
+    measurements.run(plans.BENCHMARK, tasks, path, **options)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import measurements
 from benchmarks import simcon_loss_report as report
 from benchmarks.simcon_loss_programs import LOSSES, Task
 from trm_jax.train import workdirs
 from trm_jax.types import UserError
 
-WORKERS = Path(__file__).with_name("simcon_loss_workers.py")
+BENCHMARK = measurements.Benchmark(
+    "simcon_loss",
+    Path(__file__).with_name("simcon_loss_workers.py"),
+    report.page,
+    complete=report.with_shares,
+)
 PARTS = ("time", "memory", "devices", "gpu", "record")
 DEVICES, EXTRAPOLATED = (1, 2, 4, 8), 256
 
@@ -111,7 +115,7 @@ def run(tasks: Sequence[Task], path: Path, *, again: bool, backend: str, device:
             seconds, started[0] = now - started[0], now
             print(f"{seconds:6.1f} s  {labels[task]}", flush=True)
             rows = [row | {"part": task.part, "task": labels[task]} for row in rows]
-            write(path, rows, list(labels.values()), device, seconds)
+            measurements.write(BENCHMARK, path, rows, list(labels.values()), device, seconds)
 
         if error := measure(group, finished):
             failed.append(f"{labels[next(left, group[-1])]}: {error}")
@@ -142,7 +146,7 @@ def measure(group: Sequence[Task], finished: Callable[[list[dict[str, Any]]], No
         played = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     tasks = json.dumps([task._asdict() for task in group])
     with subprocess.Popen(
-        [sys.executable, str(WORKERS), tasks],
+        [sys.executable, str(BENCHMARK.workers), tasks],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **played},
@@ -154,35 +158,3 @@ def measure(group: Sequence[Task], finished: Callable[[list[dict[str, Any]]], No
             else:
                 last = line.strip()
     return f"exit code {process.returncode} {last}".strip() if process.returncode else ""
-
-
-def _torch_version() -> str | None:
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def write(
-    path: Path, rows: list[dict[str, Any]], planned: Sequence[str], device: str, seconds: float
-) -> None:
-    """Adds a measurement's rows to the results file, or replaces them; writes the page."""
-    before = workdirs.read_json(path)
-    kept = [row for row in before.get("rows", []) if row["task"] != rows[0]["task"]]
-    # In the order of the plan, what others measured first.
-    place = {label: number for number, label in enumerate(planned)}
-    merged = sorted(kept + rows, key=lambda row: place.get(row["task"], -1))
-    missing = set(planned) - {row["task"] for row in merged}
-    words = [word for word in sys.argv[1:] if not word.startswith(("--results", "--again"))]
-    body = {
-        "name": "simcon_loss",
-        "command": " ".join(["python benchmarks/simcon_loss.py", *words]),
-        "device": device,
-        "cores": os.cpu_count(),
-        "seconds": round(before.get("seconds", 0) + seconds, 1),
-        "torch": _torch_version(),
-        **({"partial": True} if missing else {}),
-        "rows": report.with_shares(merged),
-    }
-    harness.write_results(path, body)
-    path.with_suffix(".md").write_text(report.page(body["rows"]))

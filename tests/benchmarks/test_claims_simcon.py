@@ -118,13 +118,14 @@ def test_fields_younger_than_the_records_count_only_where_they_are_set(tasks):
     task = _find(tasks, "InfoNCE", **AT)
     config = task.config.copy_and_resolve_references()
     for field, value in harness._LATER_FIELDS.items():
-        section, name = field.split(".")
-        with_default = config.copy_and_resolve_references()
-        with_default[section][name] = value
-        without = with_default.copy_and_resolve_references()
-        del without[section][name]
-        other = with_default.copy_and_resolve_references()
-        other[section][name] = {str: "x", list: (1,), int: 5}.get(type(value), 0.5)
+        section, _, name = field.rpartition(".")
+        with_default, without, other = (config.copy_and_resolve_references() for _ in range(3))
+        parts = [c[section] if section else c for c in (with_default, without, other)]
+        parts[0][name] = value
+        if name in parts[1]:
+            del parts[1][name]
+        others = {str: "x", list: (1,), int: 5, dict: ConfigDict({"x": 1})}
+        parts[2][name] = others.get(type(value), 0.5)
         prints = [
             harness.Task("", (), 0, c, measure.training_curve).fingerprint()
             for c in (with_default, without, other)

@@ -11,6 +11,7 @@ from benchmarks import matching_plan as plans
 from benchmarks import matching_report as report
 from benchmarks import matching_sides as sides
 from benchmarks import matching_workers as workers
+from benchmarks import measurements
 from benchmarks.matching_sides import SIDES, Task
 
 TINY = Task(
@@ -161,7 +162,8 @@ def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     path, calls = tmp_path / "matching.json", []
     tasks = [TINY._replace(part="memory", sides=(side,)) for side in ("ours", "NumPy")]
 
-    def measure(task):
+    def measure(benchmark, task):
+        assert benchmark is plans.BENCHMARK
         if task.sides[0] in broken:
             return [], "exit code 1"
         calls.append(task)
@@ -169,26 +171,28 @@ def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
         row = workers._row(task, task.sides[0], "peak_mb", [12.5], "MB", more)
         return [row | {"device": "cpu", "load": 0.1}], ""
 
-    monkeypatch.setattr(plans, "measure", measure)
+    monkeypatch.setattr(measurements, "measure", measure)
     options: dict[str, Any] = {"again": False, "backend": "cpu", "device": "cpu"}
     broken = ["NumPy"]
     with pytest.raises(RuntimeError, match="1 measurements failed: cpu memory NumPy .*exit code 1"):
-        plans.run(tasks, path, **options)
+        measurements.run(plans.BENCHMARK, tasks, path, **options)
     assert json.loads(path.read_text())["partial"] is True
     broken.clear()
-    plans.run(tasks, path, **options)
+    measurements.run(plans.BENCHMARK, tasks, path, **options)
     body = json.loads(path.read_text())
     assert calls == tasks and "partial" not in body
     assert [row["name"] for row in body["rows"]] == ["ours", "NumPy"]
     assert "| cpu |  | 15 x 40 | NumPy | 12.5 | 7 | 1 |" in path.with_suffix(".md").read_text()
-    plans.run(tasks, path, **options | {"again": True})
+    measurements.run(plans.BENCHMARK, tasks, path, **options | {"again": True})
     assert calls == tasks * 2
 
 
 def test_a_worker_prints_its_rows():
-    rows, error = plans.measure(Task("size", threads=0, width=16, knowledge=10))
+    rows, error = measurements.measure(
+        plans.BENCHMARK, Task("size", threads=0, width=16, knowledge=10)
+    )
     assert not error and {row["unit"] for row in rows} == {"M"}
     found = {row["name"]: row["mean"] for row in rows}
     assert found["prototypes"] == 0.00016 and all(row["device"] for row in rows)
-    rows, error = plans.measure(Task("nothing"))
+    rows, error = measurements.measure(plans.BENCHMARK, Task("nothing"))
     assert not rows and error.startswith("exit code 1")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import measurements
 from benchmarks import scoring_plan as plans
 from benchmarks import scoring_programs as programs
 from benchmarks import scoring_report as report
@@ -135,24 +136,25 @@ def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
     path, calls = tmp_path / "scoring.json", []
     tasks = [TINY._replace(part="training", scorer=name, sizes=()) for name in ("SAF", "SGR")]
 
-    def measure(task):
+    def measure(benchmark, task):
+        assert benchmark is plans.BENCHMARK
         if task.scorer in broken:
             return [], "exit code 1"
         calls.append(task)
         row = workers._row(task, task.scorer, "max_difference", [0.5], "")
         return [row | {"device": "cpu", "load": 0.1}], ""
 
-    monkeypatch.setattr(plans, "measure", measure)
+    monkeypatch.setattr(measurements, "measure", measure)
     options: dict[str, Any] = {"again": False, "backend": "cpu", "device": "cpu"}
     broken = ["SGR"]
     with pytest.raises(RuntimeError, match="1 measurements failed: cpu training SGR .*exit code 1"):
-        plans.run(tasks, path, **options)
+        measurements.run(plans.BENCHMARK, tasks, path, **options)
     assert json.loads(path.read_text())["partial"] is True
     broken.clear()
-    plans.run(tasks, path, **options)
+    measurements.run(plans.BENCHMARK, tasks, path, **options)
     body = json.loads(path.read_text())
     assert calls == tasks and "partial" not in body
     assert [row["name"] for row in body["rows"]] == ["SAF", "SGR"]
     assert "| cpu |  | 32 | training | SGR | 0.5 |  |  |" in path.with_suffix(".md").read_text()
-    plans.run(tasks, path, **options | {"again": True})
+    measurements.run(plans.BENCHMARK, tasks, path, **options | {"again": True})
     assert calls == tasks * 2
