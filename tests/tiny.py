@@ -121,8 +121,8 @@ def mask(regions: Path | str, test: Path | str, vectors: Path | str) -> ConfigDi
     config = shrink(mask_coco_subset.get_config(f"{regions},{test},{vectors}"))
     config.data.update({"train_size": 0, "test_size": 0})
     config.data.test_options.captions_per_image = 2
-    config.rows.most = 4
-    config.loss.kl_weight = 0.01
+    config.rows.update({"most": 4, "attention_set": "image"})
+    config.words.unknown = "interpolate"
     return config
 
 
