@@ -44,12 +44,6 @@ _SHOWN = ("Rsum", "Rsum_best", "t2i_R@1", "i2t_R@1", "seconds")
 _TAGGER_FILE = "nltk_data/taggers/averaged_perceptron_tagger.zip"
 
 
-def _in_data(path: str) -> str:
-    """A file or folder below TRM_DATA, "" where there is none."""
-    root = os.environ.get("TRM_DATA", "")
-    return str(Path(root) / path) if root and (Path(root) / path).exists() else ""
-
-
 _JOBS = flags.DEFINE_integer("jobs", 1, "Worker processes, each with one thread", lower_bound=1)
 _SEEDS = flags.DEFINE_integer(
     "seeds", 3, f"Seeds 0, 1, .. of {', '.join(plan.LOSSES)}", lower_bound=1
@@ -63,7 +57,7 @@ _DATA = flags.DEFINE_string(
 )
 _TAGGER = flags.DEFINE_string(
     "tagger",
-    _in_data(_TAGGER_FILE),
+    selection.in_data(_TAGGER_FILE),
     "The file or folder of the perceptron tagger of nouns and adjectives; '': NLTK's own",
 )
 _BASE = flags.DEFINE_multi_string(

@@ -123,14 +123,14 @@ def match(
             varied.words.neighbours = max(1, round(of_all))
         chosen = fitted(matching.steps) if matching.steps else found
         random = matching.prototypes == "random"
-        prototypes = chosen.random_regions if random else chosen.prototypes
+        vectors_of = chosen.random_regions if random else chosen.prototypes
         words = knowledge.Words(chosen.words, chosen.word_vectors, vectors)
         matcher = knowledge.CaptionMatcher(test, words, varied.words)
         batches: Any = ((image.regions, image.mask) for image in images)
         if matching.transform_regions:
             batches = finetune.transformed(batches, chosen.region_map)
-        scores = matcher.scores(batches, positions, prototypes)
-        made = matcher.prototypes(prototypes).report
+        prototypes = matcher.prototypes(vectors_of)
+        scores, made = matcher.scores(batches, positions, prototypes), prototypes.report
         values = pair_scores.metrics(scores, folds=varied.evaluate.folds)
         values |= coverage(matcher.captions)
         return values | {name: made[name] for name in MADE if name in made}, scores

@@ -9,6 +9,7 @@ from benchmarks import claims_mask_measure as measure
 from benchmarks import claims_mask_paper as paper
 from benchmarks import claims_mask_plan as plan
 from benchmarks import harness
+from benchmarks.result_rows import page_head, plain, rows_at
 from trm_jax.visualize import report
 
 COMMAND = (
@@ -18,7 +19,12 @@ COMMAND = (
 # Rows of the main table, and what MASK's own is compared with.
 MAIN = (
     *plan.LOSSES,
-    *dict.fromkeys(v.name for v in plan.VARIANTS[plan.MASK] if v.name != plan.MASK),
+    *dict.fromkeys(
+        variant.name
+        for name in plan.LOSSES
+        for variant in plan.VARIANTS[name]
+        if variant.name != plan.MASK
+    ),
     plan.MACK,
     *(v.name for v in plan.VARIANTS[plan.MACK]),
 )
@@ -139,7 +145,7 @@ def leads(file: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_pages(file: Mapping[str, Any], path: Path) -> None:
     """The Markdown page beside the results file, and its chart."""
-    parts = harness.page_head("Claims of MASK, measured", file)
+    parts = page_head("Claims of MASK, measured", file)
     parts.append(
         "Retrieval by words alone, no pair of an image and a text in training: recalls in both "
         "directions and their sum, in per cent, mean ± sample standard deviation over the seeds. "
@@ -156,7 +162,7 @@ def write_pages(file: Mapping[str, Any], path: Path) -> None:
 
 
 def _overview(file: Mapping[str, Any], path: Path) -> list[str]:
-    part = _plain(file)
+    part = plain(file)
     columns = {
         source: {"source": source, "metric": "Rsum"}
         for source in dict.fromkeys(row["condition"]["source"] for row in part["rows"])
@@ -174,7 +180,7 @@ def _overview(file: Mapping[str, Any], path: Path) -> list[str]:
 def _source(file: Mapping[str, Any], source: str) -> list[str]:
     known = plan.SOURCES.get(source)
     parts = [f"## {known.title if known else source}\n"]
-    part = _plain(file, source=source)
+    part = plain(file, source=source)
     if part["rows"]:
         columns = report.metric_columns([*measure.RECALLS, "Rsum"])
         parts += [report.markdown_table(part, _names(part), columns), _factor(part)]
@@ -189,7 +195,7 @@ def _source(file: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _factor(part: Mapping[str, Any]) -> str:
-    means = {row["name"]: row["mean"] for row in _rows(part, metric="Rsum")}
+    means = {row["name"]: row["mean"] for row in rows_at(part, metric="Rsum")}
     if not {plan.MASK, plan.CHANCE} <= means.keys():
         return ""
     times = means[plan.MASK] / means[plan.CHANCE]
@@ -197,7 +203,7 @@ def _factor(part: Mapping[str, Any]) -> str:
 
 
 def _recipe(file: Mapping[str, Any], source: str, recipe: str, title: str) -> list[str]:
-    found = _rows(file, source=source, recipe=recipe)
+    found = rows_at(file, source=source, recipe=recipe)
     if not found:
         return []
     found.sort(key=lambda row: _order(row["condition"][recipe]))
@@ -221,7 +227,7 @@ def _label(condition: Mapping[str, Any], recipe: str) -> str:
 
 
 def _reranking(file: Mapping[str, Any], source: str) -> list[str]:
-    found = _rows(file, source=source, recipe="re-ranked")
+    found = rows_at(file, source=source, recipe="re-ranked")
     parts = ["### Re-ranking (Table 6)\n"] if found else []
     for name in dict.fromkeys(row["name"] for row in found):
         rows = {
@@ -234,7 +240,7 @@ def _reranking(file: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _words(part: Mapping[str, Any]) -> list[str]:
-    named = {row["name"] for row in _rows(part, metric="uncovered")}
+    named = {row["name"] for row in rows_at(part, metric="uncovered")}
     chosen = [name for name in (plan.MASK, "w/o OOD", plan.MACK) if name in named]
     if not chosen:
         return []
@@ -249,7 +255,7 @@ def _words(part: Mapping[str, Any]) -> list[str]:
 
 
 def _watched(part: Mapping[str, Any]) -> list[str]:
-    named = {row["name"] for row in _rows(part, metric="steps")}
+    named = {row["name"] for row in rows_at(part, metric="steps")}
     chosen = [name for name in plan.LOSSES if name in named]
     if not chosen:
         return []
@@ -260,21 +266,6 @@ def _watched(part: Mapping[str, Any]) -> list[str]:
     )
     table = report.markdown_table(part, chosen, columns, digits=2, bold_best=False)
     return ["### Watched\n", text, table]
-
-
-def _plain(file: Mapping[str, Any], **where: Any) -> dict[str, Any]:
-    """The file with the rows of no recipe at `where`."""
-    rows = [row for row in _rows(file, **where) if "recipe" not in row["condition"]]
-    return {**file, "rows": rows}
-
-
-def _rows(file: Mapping[str, Any], **where: Any) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in file["rows"]
-        if where.items()
-        <= {**row["condition"], "name": row["name"], "metric": row["metric"]}.items()
-    ]
 
 
 def _names(part: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,6 @@ python benchmarks/claims_napreg.py --validation --only='model=SCAN i2t,recipe=,n
     --set=config.optimizer.learning_rate=1e-3
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,12 +36,6 @@ _KEYS = ("model", "name", "pooling", "K", "context", "recipe", "seed")
 _SHOWN = ("Rsum", "t2i_R@1", "i2t_R@1", "seconds")
 
 
-def _in_data(path: str) -> str:
-    """A file or folder below TRM_DATA, "" where there is none."""
-    root = os.environ.get("TRM_DATA", "")
-    return str(Path(root) / path) if root and (Path(root) / path).exists() else ""
-
-
 _JOBS = flags.DEFINE_integer("jobs", 1, "Worker processes, each with one thread", lower_bound=1)
 _SEEDS = flags.DEFINE_integer(
     "seeds", 3, f"Seeds 0, 1, .. of {plan.CHIEF} with {' and '.join(plan.FIRST)}", lower_bound=1
@@ -51,10 +44,10 @@ _SWEEP_SEEDS = flags.DEFINE_integer(
     "sweep_seeds", 1, "Seeds of all other rows, at most --seeds", lower_bound=1
 )
 _RUNS = flags.DEFINE_string("runs", "runs/claims_napreg", "Folder of the runs; kept to resume")
-_DATA = flags.DEFINE_string("data", _in_data(plan.SOURCE), f"The folder of {plan.SOURCE}")
+_DATA = flags.DEFINE_string("data", selection.in_data(plan.SOURCE), f"The folder of {plan.SOURCE}")
 _TAGGER = flags.DEFINE_string(
     "tagger",
-    _in_data("nltk_data/taggers/averaged_perceptron_tagger.zip"),
+    selection.in_data("nltk_data/taggers/averaged_perceptron_tagger.zip"),
     "The file or folder of the perceptron tagger that finds the nouns; '': NLTK's own",
 )
 _ONLY = flags.DEFINE_string(

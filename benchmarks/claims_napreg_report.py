@@ -8,6 +8,7 @@ from benchmarks import claims_napreg_measure as measure
 from benchmarks import claims_napreg_plan as plan
 from benchmarks import claims_simcon_charts as charts
 from benchmarks import harness
+from benchmarks.result_rows import page_head, plain, rows_at
 from trm_jax.visualize import report
 
 COMMAND = (
@@ -111,7 +112,7 @@ def leads(file: Mapping[str, Any]) -> dict[str, Any]:
 
     The paper's figure is its own lead, where its tables have both.
     """
-    rows = _plain(file)["rows"]
+    rows = plain(file)["rows"]
     found = {(row["condition"]["model"], row["name"], row["metric"]): row for row in rows}
     made = []
     for (model, name, metric), row in found.items():
@@ -132,7 +133,7 @@ def leads(file: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_pages(file: Mapping[str, Any], path: Path) -> None:
     """The Markdown page beside the results file, and its charts."""
-    parts = harness.page_head("Claims of NAPReg, measured", file)
+    parts = page_head("Claims of NAPReg, measured", file)
     parts.append(
         "Retrieval on Flickr8k's 1,000 test images after the last step, in per cent, mean ± sample "
         "standard deviation over the seeds; a seed draws the parameters and the order of the "
@@ -149,11 +150,11 @@ def write_pages(file: Mapping[str, Any], path: Path) -> None:
 
 
 def _overview(file: Mapping[str, Any], path: Path) -> list[str]:
-    part, parts = _plain(file), []
+    part, parts = plain(file), []
     columns = {
         model: {"model": model, "metric": "Rsum"}
         for model in plan.MODELS
-        if _rows(part, model=model, metric="Rsum")
+        if rows_at(part, model=model, metric="Rsum")
     }
     if not columns:
         return []
@@ -173,7 +174,7 @@ def _curves(file: Mapping[str, Any], model: str) -> dict[str, charts.Series]:
     """Rsum against epochs of a model's rows."""
     points: dict[str, dict[float, list[float]]] = {}
     for record in file["records"].values():
-        if _is_plain(record["conditions"][0]) and record["conditions"][0]["model"] == model:
+        if "recipe" not in record["conditions"][0] and record["conditions"][0]["model"] == model:
             curve = record["values"]["curve"]
             of_name = points.setdefault(record["name"], {})
             for epoch, value in zip(curve["epoch"], curve["Rsum"], strict=True):
@@ -182,7 +183,7 @@ def _curves(file: Mapping[str, Any], model: str) -> dict[str, charts.Series]:
 
 
 def _model(file: Mapping[str, Any], model: str) -> list[str]:
-    part = _plain(file, model=model)
+    part = plain(file, model=model)
     if not part["rows"]:
         return []
     pooled = {row["name"]: row["condition"].get("pooling") for row in part["rows"]}
@@ -208,14 +209,14 @@ def _model(file: Mapping[str, Any], model: str) -> list[str]:
 
 
 def _frequencies(file: Mapping[str, Any]) -> list[str]:
-    swept = _rows(file, recipe="K")
+    swept = rows_at(file, recipe="K")
     if not swept:
         return []
     rows: dict[str, dict[str, Any]] = {
         f"without nouns, {name}": {"name": name, "model": plan.CHIEF} for name in ("triplet", "MS")
     }
-    plain = _plain(file, model=plan.CHIEF)
-    rows = {label: row for label, row in rows.items() if _rows(plain, name=row["name"])}
+    own = plain(file, model=plan.CHIEF)
+    rows = {label: row for label, row in rows.items() if rows_at(own, name=row["name"])}
     for k in sorted({row["condition"]["K"] for row in swept}):
         rows[f"{plan.FULL}, K = {k}"] = {"name": plan.FULL, "K": k, "recipe": "K"}
     counts = {label: row for label, row in rows.items() if "K" in row}
@@ -230,10 +231,10 @@ def _frequencies(file: Mapping[str, Any]) -> list[str]:
 
 
 def _contexts(file: Mapping[str, Any]) -> list[str]:
-    swept = _rows(file, recipe="context")
+    swept = rows_at(file, recipe="context")
     if not swept:
         return []
-    contexts = [c for c in plan.RECIPES["context"][1] if _rows(file, context=c)]
+    contexts = [c for c in plan.RECIPES["context"][1] if rows_at(file, context=c)]
     rows = {context: {"name": plan.FULL, "context": context} for context in contexts}
     return [
         f"## What is drawn to the proxies: {plan.CHIEF}, {plan.FULL}\n",
@@ -264,7 +265,7 @@ def _flickr30k(file: Mapping[str, Any]) -> list[str]:
         table,
     ]
     name = f"{plan.FULL} over triplet"
-    gain = {r["condition"]["model"]: r for r in _rows(leads(file), name=name, metric="Rsum")}
+    gain = {r["condition"]["model"]: r for r in rows_at(leads(file), name=name, metric="Rsum")}
     told = []
     for theirs, ours in (("SCAN i2t", "SCAN i2t"), ("SGRAF", "SGRAF-SAF")):
         with_nouns, without = (FLICKR30K[f"{theirs}, BiGRU, {loss}"] for loss in _COMPARED)
@@ -275,10 +276,10 @@ def _flickr30k(file: Mapping[str, Any]) -> list[str]:
 
 
 def _watched(file: Mapping[str, Any]) -> list[str]:
-    part, parts = _plain(file), []
+    part, parts = plain(file), []
     for model in plan.MODELS:
-        of_model = {**part, "rows": _rows(part, model=model)}
-        present = [m for m in (*measure.WATCHED, "seconds") if _rows(of_model, metric=m)]
+        of_model = {**part, "rows": rows_at(part, model=model)}
+        present = [m for m in (*measure.WATCHED, "seconds") if rows_at(of_model, metric=m)]
         if present:
             columns = report.metric_columns(present)
             parts.append(
@@ -294,24 +295,6 @@ def _watched(file: Mapping[str, Any]) -> list[str]:
         "and of steps whose gradient was clipped; in seconds, a run.\n"
     )
     return ["## Watched\n", text, *parts]
-
-
-def _plain(file: Mapping[str, Any], **where: Any) -> dict[str, Any]:
-    """The file with the rows of no recipe at `where`."""
-    return {**file, "rows": [r for r in _rows(file, **where) if _is_plain(r["condition"])]}
-
-
-def _is_plain(condition: Mapping[str, Any]) -> bool:
-    return "recipe" not in condition
-
-
-def _rows(file: Mapping[str, Any], **where: Any) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in file["rows"]
-        if where.items()
-        <= {**row["condition"], "name": row["name"], "metric": row["metric"]}.items()
-    ]
 
 
 def _names(part: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from benchmarks import claims_simcon_curves as curves
 from benchmarks import claims_simcon_measure as measure
 from benchmarks import claims_simcon_plan as plan
 from benchmarks import harness
+from benchmarks.result_rows import page_head, plain, rows_at
 from trm_jax.visualize import report
 
 COMMAND = (
@@ -117,7 +118,7 @@ def _key(row: Mapping[str, Any]) -> tuple:
 
 def write_pages(file: Mapping[str, Any], path: Path) -> None:
     """The Markdown page beside the results file, and its charts."""
-    parts = harness.page_head("Claims of SimCon, measured", file)
+    parts = page_head("Claims of SimCon, measured", file)
     parts.append(
         "After the last step, in per cent, mean ± sample standard deviation over the seeds; a seed "
         "draws the parameters, the order of the images, their augmentation and, on Flickr8k, which "
@@ -132,7 +133,7 @@ def write_pages(file: Mapping[str, Any], path: Path) -> None:
 
 
 def _ablation(file: Mapping[str, Any], path: Path) -> list[str]:
-    part = _plain(file, **_ABLATION)
+    part = plain(file, **_ABLATION)
     if not part["rows"]:
         return []
     head = f"{100 * plan.NOISE:g} % noise"
@@ -152,18 +153,18 @@ def _ablation(file: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _noise(file: Mapping[str, Any], path: Path) -> list[str]:
-    part = _plain(file, source="glyphs", batch=plan.BATCH)
+    part = plain(file, source="glyphs", batch=plan.BATCH)
     return _by(part, path, "noise", "Robustness to caption noise: glyph scenes\n")
 
 
 def _variants(file: Mapping[str, Any], path: Path) -> list[str]:
     del path
     noise = max(plan.NOISES)
-    rows = _plain(file, source="glyphs", noise=noise, batch=plan.BATCH)["rows"]
+    rows = plain(file, source="glyphs", noise=noise, batch=plan.BATCH)["rows"]
     labels = {
         row["name"]: {"name": row["name"], "source": "glyphs", "noise": noise} for row in rows
     }
-    measured = [source for source in plan.VARIANTS if _rows(file, source=source)]
+    measured = [source for source in plan.VARIANTS if rows_at(file, source=source)]
     if not measured:
         return []
     for source in measured:
@@ -176,7 +177,7 @@ def _variants(file: Mapping[str, Any], path: Path) -> list[str]:
 
 def _exchanged(file: Mapping[str, Any], path: Path) -> list[str]:
     del path
-    part = _plain(file, source="glyphs_exchanged")
+    part = plain(file, source="glyphs_exchanged")
     if not part["rows"]:
         return []
     head = f"{100 * max(plan.NOISES):g} % exchanged"
@@ -193,7 +194,7 @@ def _exchanged(file: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _batches(file: Mapping[str, Any], path: Path) -> list[str]:
-    part = _plain(file, source="glyphs", noise=plan.NOISE)
+    part = plain(file, source="glyphs", noise=plan.NOISE)
     title = f"Batch size: glyph scenes, {100 * plan.NOISE:g} % noise\n\n"
     title += (
         "All runs see as many images; the learning rate goes with the square root of the batch. "
@@ -204,7 +205,7 @@ def _batches(file: Mapping[str, Any], path: Path) -> list[str]:
 
 def _by(part: Mapping[str, Any], path: Path, key: str, title: str) -> list[str]:
     """Tables, leads and a chart of InfoNCE and MV-SimCon by one condition."""
-    names = [name for name in (plan.BASELINE, plan.FULL) if _rows(part, name=name)]
+    names = [name for name in (plan.BASELINE, plan.FULL) if rows_at(part, name=name)]
     part = {**part, "rows": [row for row in part["rows"] if row["name"] in names]}
     if len({row["condition"][key] for row in part["rows"]}) < 2:
         return []
@@ -213,7 +214,7 @@ def _by(part: Mapping[str, Any], path: Path, key: str, title: str) -> list[str]:
         columns = report.condition_columns(part, key, metric=metric)
         parts.append(report.markdown_table(part, names, columns, head=metric, paper=False))
         gain = leads(part)
-        if _rows(gain, metric=metric):
+        if rows_at(gain, metric=metric):
             columns = report.condition_columns(gain, key, metric=metric)
             parts.append(f"{metric}, lead over InfoNCE with the same seed:\n")
             parts.append(report.markdown_table(gain, None, columns, head=metric, bold_best=False))
@@ -221,7 +222,7 @@ def _by(part: Mapping[str, Any], path: Path, key: str, title: str) -> list[str]:
             name: charts.series(
                 {
                     row["condition"][key]: list(row["values"].values())
-                    for row in _rows(part, name=name, metric=metric)
+                    for row in rows_at(part, name=name, metric=metric)
                 }
             )
             for name in names
@@ -244,7 +245,7 @@ def _recipes(file: Mapping[str, Any], path: Path) -> list[str]:
         return []
     part = {**file, "rows": rows}
     labels = {name: {"name": "SimCon", "recipe": name} for name in plan.RECIPES}
-    labels = {k: v for k, v in labels.items() if _rows(part, recipe=k)}
+    labels = {k: v for k, v in labels.items() if rows_at(part, recipe=k)}
     watched = report.metric_columns(["logit_scale", "own_weight", "clipped"])
     return [
         f"## The anchor's own similarity and the temperature: SimCon, {100 * plan.NOISE:g} % noise"
@@ -258,7 +259,7 @@ def _recipes(file: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _flickr8k(file: Mapping[str, Any], path: Path, source: str) -> list[str]:
-    part = _plain(file, source=source)
+    part = plain(file, source=source)
     if not part["rows"]:
         return []
     parts = [
@@ -278,14 +279,14 @@ def _flickr8k(file: Mapping[str, Any], path: Path, source: str) -> list[str]:
         (batch, *_) = {row["condition"]["batch"] for row in part["rows"]}
         place = {"source": source, "noise": noise, "batch": batch}
         parts.append(f"### {100 * noise:g} % noise\n")
-        parts.append(_table(_plain(file, **place), _RECALLS, head=f"{100 * noise:g} % noise"))
+        parts.append(_table(plain(file, **place), _RECALLS, head=f"{100 * noise:g} % noise"))
         parts += curves.passing_table(file, ("Rsum",), place)
         panels.append(_panel(file, "Rsum", place, f"Rsum (%), {100 * noise:g} % noise"))
     return parts + _draw_curves(panels, path, source, _TITLES[source])
 
 
 def _table(part: Mapping[str, Any], metrics: Sequence[str], *, head: str, **look: Any) -> str:
-    present = [m for m in metrics if _rows(part, metric=m)]
+    present = [m for m in metrics if rows_at(part, metric=m)]
     columns = report.metric_columns(present)
     return report.markdown_table(part, _names(part), columns, head=head, **look)
 
@@ -342,28 +343,13 @@ def _draw_curves(panels: Sequence[charts.Panel], path: Path, suffix: str, title:
 
 def _orders(part: Mapping[str, Any]) -> str:
     """The paper's order of the ablation and the one measured."""
-    means = {row["name"]: row["mean"] for row in _rows(part, metric="mIoU")}
+    means = {row["name"]: row["mean"] for row in rows_at(part, metric="mIoU")}
     text = f"Order in the paper: {_order(PAPER)}.\n"
     return text + (f"Order measured here: {_order(means)}.\n" if len(means) > 1 else "")
 
 
 def _order(values: Mapping[str, float]) -> str:
     return " < ".join(f"{n} {values[n]:.1f}" for n in sorted(values, key=lambda name: values[name]))
-
-
-def _plain(file: Mapping[str, Any], **where: Any) -> dict[str, Any]:
-    """The file with the rows of no special recipe at `where`."""
-    rows = [row for row in _rows(file, **where) if "recipe" not in row["condition"]]
-    return {**file, "rows": rows}
-
-
-def _rows(file: Mapping[str, Any], **where: Any) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in file["rows"]
-        if where.items()
-        <= {**row["condition"], "name": row["name"], "metric": row["metric"]}.items()
-    ]
 
 
 def _names(part: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import claims_trm_ml_plan as plan
 from benchmarks import harness
+from benchmarks.result_rows import page_head
 from trm_jax.evaluate import pseudo_labels
 from trm_jax.visualize import report
 
@@ -152,7 +153,7 @@ def _place(row: Mapping[str, Any]) -> tuple:
 
 def write_pages(file: Mapping[str, Any], path: Path) -> None:
     """The Markdown page beside the results file, and one chart for each source."""
-    parts = harness.page_head("Claims of TRM-ML, measured", file)
+    parts = page_head("Claims of TRM-ML, measured", file)
     parts.append(
         "mAP in per cent after the last epoch, mean ± sample standard deviation over the seeds; a "
         "seed draws the parameters, the order of the images and the label mask. In brackets the "

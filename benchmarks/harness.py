@@ -389,13 +389,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.")
     return flat
-
-
-def page_head(title: str, file: Mapping[str, Any]) -> list[str]:
-    """The paragraphs that a results page starts with: what, when and where, and what is missing."""
-    made = f"{file['date']}, {file['device']}, {file['cores']} cores; `{file['command']}`"
-    parts = [f"# {title}\n", f"{made}; {file['seconds'] / 3600:.1f} hours of runs.\n"]
-    if file.get("partial"):
-        left = ", ".join(f"{n} on {source}" for source, n in file["unfinished_runs"].items() if n)
-        parts.append(f"**Partial**: runs still to do: {left}.\n")
-    return parts

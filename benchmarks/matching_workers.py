@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 from benchmarks import harness, scoring_workers  # noqa: E402
 from benchmarks import matching_sides as sides_of  # noqa: E402
 from benchmarks.matching_sides import SIDES, Task  # noqa: E402
+from benchmarks.measurements import short, timed_row  # noqa: E402
 from trm_jax.data import caption_words  # noqa: E402
 from trm_jax.evaluate import caption_prototypes, knowledge_matching  # noqa: E402
 from trm_jax.models import knowledge  # noqa: E402
@@ -43,7 +44,7 @@ def speed_rows(task: Task) -> list[dict[str, Any]]:
     rows = []
     for name in task.sides[1:]:
         apart = np.abs(results["ours"][: done[name]] - results[name][: done[name]]).max()
-        rows.append(_row(task, name, "max_difference", [float(apart)], ""))
+        rows.append(timed_row(task, name, "max_difference", [float(apart)], ""))
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in task.sides}
     for number in range(task.rounds):
         for name in task.sides if number % 2 else task.sides[::-1]:
@@ -56,12 +57,16 @@ def speed_rows(task: Task) -> list[dict[str, Any]]:
     more = {"distinct_words": len(inputs.prototypes)}
     for name, found in scaled.items():
         walls, timed = [wall for wall, _ in found], {"timed_images": done[name]}
-        speed = _row(task, name, "pairs_per_s", [pairs / x for x in walls], "pairs/s", more | timed)
+        speed = timed_row(
+            task, name, "pairs_per_s", [pairs / x for x in walls], "pairs/s", more | timed
+        )
         if name != "ours":
             times = statistics.median(x / y for x, y in zip(walls, own, strict=True))
-            speed |= {"ratio": _short(times)}
-        rows += [speed, _row(task, name, "seconds", walls, "s", more | timed)]
-        rows.append(_row(task, name, "cpu_seconds", [cpu for _, cpu in found], "s", more | timed))
+            speed |= {"ratio": short(times)}
+        rows += [speed, timed_row(task, name, "seconds", walls, "s", more | timed)]
+        rows.append(
+            timed_row(task, name, "cpu_seconds", [cpu for _, cpu in found], "s", more | timed)
+        )
     return rows
 
 
@@ -74,7 +79,7 @@ def memory_rows(task: Task) -> list[dict[str, Any]]:
     peak = _device_peak_mb(name, run) if jax.default_backend() == "gpu" else peak_mb(run)
     held = {"inputs_mb": round(sum(x.nbytes for x in (inputs.regions, inputs.prototypes)) / 1e6)}
     more = {"result_mb": round(out.nbytes / 1e6), **held}
-    return [_row(task, name, "peak_mb", [peak], "MB", more)]
+    return [timed_row(task, name, "peak_mb", [peak], "MB", more)]
 
 
 def query_rows(task: Task) -> list[dict[str, Any]]:
@@ -122,9 +127,9 @@ def query_rows(task: Task) -> list[dict[str, Any]]:
     ):
         first = _spent(run)[0]
         found = [statistics.median(_spent(run)[0] for _ in range(QUERIES)) for _ in repeats]
-        rows.append(_row(task, name, "seconds", found, "s"))
+        rows.append(timed_row(task, name, "seconds", found, "s"))
         if ":" not in name:  # parts have been compiled with the whole
-            rows.append(_row(task, name, "first", [first], "s"))
+            rows.append(timed_row(task, name, "first", [first], "s"))
     return rows
 
 
@@ -138,7 +143,9 @@ def size_rows(task: Task) -> list[dict[str, Any]]:
         "prototypes": task.knowledge * task.width,
         "word vectors": task.knowledge * NETWORKS["word_width"],
     }
-    return [_row(task, name, "millions", [x / 1e6], "M", NETWORKS) for name, x in numbers.items()]
+    return [
+        timed_row(task, name, "millions", [x / 1e6], "M", NETWORKS) for name, x in numbers.items()
+    ]
 
 
 PARTS: dict[str, Callable[[Task], list[dict[str, Any]]]] = {
@@ -183,31 +190,6 @@ def _spent(run: Callable[[], Any]) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     run()
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _row(
-    task: Task,
-    name: str,
-    metric: str,
-    values: Sequence[float],
-    unit: str,
-    more: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A row whose figures keep their digits; `values` by round, `more` of the condition."""
-    condition = task.condition | dict(more or {})
-    row = harness.make_row(name, condition, metric, {0: 0.0}, unit, None)
-    del row["seeds"]
-    return row | {
-        "mean": _short(statistics.fmean(values)),
-        "std": _short(statistics.stdev(values)) if len(values) > 1 else None,
-        "median": _short(statistics.median(values)),
-        "values": {str(number): _short(value) for number, value in enumerate(values)},
-        "rounds": len(values),
-    }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def main(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -126,6 +127,31 @@ def write(
     }
     harness.write_results(path, body)
     path.with_suffix(".md").write_text(benchmark.page(body["rows"]))
+
+
+def timed_row(
+    task: Any,
+    name: str,
+    metric: str,
+    values: Sequence[float],
+    unit: str,
+    more: Mapping[str, Any] | None = None,
+) -> Row:
+    """A row whose figures keep six digits; `values` by round, `more` of task.condition."""
+    made = harness.make_row(name, task.condition | dict(more or {}), metric, {0: 0.0}, unit, None)
+    del made["seeds"]
+    return made | {
+        "mean": short(statistics.fmean(values)),
+        "std": short(statistics.stdev(values)) if len(values) > 1 else None,
+        "median": short(statistics.median(values)),
+        "values": {str(number): short(value) for number, value in enumerate(values)},
+        "rounds": len(values),
+    }
+
+
+def short(value: float) -> float:
+    """Six digits of it."""
+    return float(f"{value:.6g}")
 
 
 def _torch_version() -> str | None:

@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks import harness  # noqa: E402
 from benchmarks import scoring_programs as programs  # noqa: E402
+from benchmarks.measurements import short, timed_row  # noqa: E402
 from benchmarks.scoring_programs import Batches, Task  # noqa: E402
 
 TORCH, PRODUCT = "{}, PyTorch", "large matrix product"
@@ -72,7 +73,7 @@ def evaluation_rows(task: Task, *, side: int = 0) -> list[dict[str, Any]]:
         task.rounds,
         side,
     )
-    rows.append(_row(task, PRODUCT, "gflop_per_s", rates, "GFLOP/s"))
+    rows.append(timed_row(task, PRODUCT, "gflop_per_s", rates, "GFLOP/s"))
     for images, captions in task.sizes:
         layout = programs.layout(captions, task.images, task.buckets)
         lengths = {batches.length: batches.lengths for batches in layout}
@@ -86,10 +87,10 @@ def evaluation_rows(task: Task, *, side: int = 0) -> list[dict[str, Any]]:
         every = np.concatenate([x.reshape(-1) for x in lengths.values()])
         flop = programs.flop(task, images, every) / 1e9
         gflop = [flop / found.wall for found in spent[0]]
-        row = _row(task, task.scorer, "gflop_per_s", gflop, "GFLOP/s", size)
+        row = timed_row(task, task.scorer, "gflop_per_s", gflop, "GFLOP/s", size)
         rows.append(row | _ratio(gflop, rates, PRODUCT))
         padded = sum(k * x.size for k, x in lengths.items()) / every.sum()
-        rows.append(_row(task, task.scorer, "padding", [padded], "tokens a real one", size))
+        rows.append(timed_row(task, task.scorer, "padding", [padded], "tokens a real one", size))
     return rows
 
 
@@ -156,8 +157,8 @@ def _difference_rows(task: Task, timed) -> list[dict[str, Any]]:
         apart = max(apart, float(np.abs(ours - found[-1]).max()))
     spread_of = max(x.max() for x in found) - min(x.min() for x in found)
     return [
-        _row(task, task.scorer, "max_difference", [apart], ""),
-        _row(task, task.scorer, "score_range", [float(spread_of)], ""),
+        timed_row(task, task.scorer, "max_difference", [apart], ""),
+        timed_row(task, task.scorer, "score_range", [float(spread_of)], ""),
     ]
 
 
@@ -230,11 +231,11 @@ def training_rows(task: Task, *, side: int = 0) -> list[dict[str, Any]]:
         more["timed"] = f"PyTorch scaled from {len(columns)} captions"
     spent = _scaled(seconds, "ours", {0: 1.0}), _scaled(seconds, "theirs", {0: size / len(columns)})
     rows = _speed_rows(task, more, size * size, *spent)
-    rows.append(_row(task, PRODUCT, "gflop_per_s", rates, "GFLOP/s"))
+    rows.append(timed_row(task, PRODUCT, "gflop_per_s", rates, "GFLOP/s"))
     for metric, value in differences.items():
-        rows.append(_row(task, task.scorer, metric, [value], "", more))
+        rows.append(timed_row(task, task.scorer, metric, [value], "", more))
     padded = length * size / lengths.sum()
-    rows.append(_row(task, task.scorer, "padding", [padded], "tokens a real one", more))
+    rows.append(timed_row(task, task.scorer, "padding", [padded], "tokens a real one", more))
     return rows
 
 
@@ -264,7 +265,7 @@ def memory_rows(task: Task) -> list[dict[str, Any]]:
             analysis: Any = lowered.compile().memory_analysis()
             more = {"size": f"{size} x {size}", "length": length}
             megabytes = [analysis.temp_size_in_bytes / 1e6]
-            rows.append(_row(at, task.scorer, metric, megabytes, "MB", more))
+            rows.append(timed_row(at, task.scorer, metric, megabytes, "MB", more))
     return rows
 
 
@@ -291,40 +292,15 @@ def _speed_rows(
     for metric, unit in _SPEEDS.items():
         mine, other = (side[metric] for side in values)
         faster = (mine, other) if metric == "pairs_per_s" else (other, mine)
-        rows.append(_row(task, task.scorer, metric, mine, unit, more) | _ratio(*faster, peer))
-        rows.append(_row(task, peer, metric, other, unit, more))
+        rows.append(timed_row(task, task.scorer, metric, mine, unit, more) | _ratio(*faster, peer))
+        rows.append(timed_row(task, peer, metric, other, unit, more))
     return rows
-
-
-def _row(
-    task: Task,
-    name: str,
-    metric: str,
-    values: Sequence[float],
-    unit: str,
-    more: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A row whose figures keep their digits; `values` by round, `more` of the condition."""
-    condition = task.condition | dict(more or {})
-    row = harness.make_row(name, condition, metric, {0: 0.0}, unit, None)
-    del row["seeds"]
-    return row | {
-        "mean": _short(statistics.fmean(values)),
-        "std": _short(statistics.stdev(values)) if len(values) > 1 else None,
-        "median": _short(statistics.median(values)),
-        "values": {str(number): _short(value) for number, value in enumerate(values)},
-        "rounds": len(values),
-    }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def _ratio(many: Sequence[float], few: Sequence[float], against: str) -> dict[str, Any]:
     """The median of the quotients within a round."""
     ratios = map(operator.truediv, many, few)
-    return {"ratio": _short(statistics.median(ratios)), "against": against}
+    return {"ratio": short(statistics.median(ratios)), "against": against}
 
 
 def limit_threads(count: int) -> None:

@@ -1,8 +1,10 @@
-"""What the flags --set and --only of the claims benchmarks mean."""
+"""What the flags --data, --set and --only of the claims benchmarks mean."""
 
 import ast
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
@@ -51,3 +53,9 @@ def matches(task: harness.Task, accepted: Mapping[str, Sequence[str]]) -> bool:
     return any(
         all(str(place.get(key)) in values for key, values in accepted.items()) for place in places
     )
+
+
+def in_data(path: str) -> str:
+    """A file or folder below TRM_DATA, "" where there is none."""
+    root = os.environ.get("TRM_DATA", "")
+    return str(Path(root) / path) if root and (Path(root) / path).exists() else ""

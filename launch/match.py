@@ -60,9 +60,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in match.COMMANDS:
         given = " ".join(arguments) or "nothing"
         raise UserError(f"the command is {given!r}; it is one of {', '.join(match.COMMANDS)}")
-    names = [*_FLAGS, "split", "set", "raw", "random_regions", "transform_regions", "alpha", "top"]
-    names += ["captions_per_image", "steps", "learning_rate", "seed"]
-    options: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    options: dict[str, Any] = {name: flags.FLAGS[name].value for name in match.Options._fields}
     match.COMMANDS[arguments[0]](match.Options(**options))
 
 

@@ -168,7 +168,7 @@ def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
             return [], "exit code 1"
         calls.append(task)
         more = {"inputs_mb": 7, "result_mb": 1}
-        row = workers._row(task, task.sides[0], "peak_mb", [12.5], "MB", more)
+        row = measurements.timed_row(task, task.sides[0], "peak_mb", [12.5], "MB", more)
         return [row | {"device": "cpu", "load": 0.1}], ""
 
     monkeypatch.setattr(measurements, "measure", measure)

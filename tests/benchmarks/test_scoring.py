@@ -141,7 +141,7 @@ def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
         if task.scorer in broken:
             return [], "exit code 1"
         calls.append(task)
-        row = workers._row(task, task.scorer, "max_difference", [0.5], "")
+        row = measurements.timed_row(task, task.scorer, "max_difference", [0.5], "")
         return [row | {"device": "cpu", "load": 0.1}], ""
 
     monkeypatch.setattr(measurements, "measure", measure)

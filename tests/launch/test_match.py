@@ -153,3 +153,16 @@ def test_an_empty_caption_is_told_by_its_number(launch, run, built, files, tmp_p
     # Without a usable word a caption scores 0; it is counted.
     assert result.code == 0 and "captions_unusable 1" in result.out
     assert np.all(np.load(tmp_path / "s.npy")[:, 5] == 0)
+
+
+def test_two_towers_are_scored_by_their_cosines(launch, tmp_path):
+    flags = (f"--config={CONFIG}:contrastive", f"--workdir={tmp_path / 'run'}")
+    assert launch("train", *flags, "--config.train.steps=2").code == 0
+    final = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    out = tmp_path / "base.npy"
+    assert launch("match", "score", f"--workdir={tmp_path / 'run'}", f"--out={out}").code == 0
+    beside = json.loads((tmp_path / "base.json").read_text())
+    assert beside["recalls"]["Rsum"] == pytest.approx(final["Rsum"], abs=1e-4)
+    assert np.load(out).shape == (16, 80) and beside["image_of_text"][4:6] == [0, 1]
+    refused = launch("match", "build", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'k'}")
+    assert refused.code == 2 and "method='mask'" in refused.refusal()

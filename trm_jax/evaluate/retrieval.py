@@ -79,16 +79,15 @@ def folded_recalls(
     return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
 
 
-def evaluate(
+def score_all(
     embed_image_fn: Callable[[Batch], dict[str, Any]],
     embed_text_fn: Callable[[Batch], dict[str, Any]],
     image_batches: Iterable[Batch],
     text_batches: Iterable[Batch],
     *,
-    folds: int = 1,
     to_host: Callable[[Any], Any] = jax.device_get,
-) -> dict[str, float]:
-    """Embeds both sides and computes the recalls of their cosines.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Embeds both sides and scores all pairs by their cosines.
 
     Args:
         embed_image_fn, embed_text_fn: batch -> {"embedding": [n, d], ...}; any scale (the rows are
@@ -96,11 +95,14 @@ def evaluate(
         image_batches: dicts with index [n], the image's position, unique among the valid rows.
         text_batches: dicts with image_index [n], the index of the image that a text describes.
             Both may carry valid [n] bool; rows where it is False are dropped.
-        folds: 1, or `folded_recalls`.
         to_host: see `evaluate.multilabel.evaluate`.
 
+    Returns:
+        (scores [n_images, n_texts], texts in the order of their images; the row of each text's
+        image [n_texts]; the images' positions [n_images], ascending).
+
     Raises:
-        UserError: a text names an image that is not there, or as `ranks`.
+        UserError: a text names an image that is not there, or there is no valid row.
     """
     images, index = _embed(embed_image_fn, image_batches, "index", to_host)
     texts, owner = _embed(embed_text_fn, text_batches, "image_index", to_host)
@@ -113,8 +115,25 @@ def evaluate(
     if missing:
         raise UserError(f"{missing} texts describe images that are not in the image batches")
     text_order = np.argsort(row, kind="stable")  # the same ties on any number of processes
-    scores = images @ texts[text_order].T
-    return folded_recalls(scores, row[text_order], folds=folds)
+    return images @ texts[text_order].T, row[text_order], index
+
+
+def evaluate(
+    embed_image_fn: Callable[[Batch], dict[str, Any]],
+    embed_text_fn: Callable[[Batch], dict[str, Any]],
+    image_batches: Iterable[Batch],
+    text_batches: Iterable[Batch],
+    *,
+    folds: int = 1,
+    to_host: Callable[[Any], Any] = jax.device_get,
+) -> dict[str, float]:
+    """The recalls of `score_all`, whose arguments these are.
+
+    folds: 1, or `folded_recalls`. Raises UserError as `score_all` and `ranks`.
+    """
+    sides = embed_image_fn, embed_text_fn, image_batches, text_batches
+    scores, owner, _ = score_all(*sides, to_host=to_host)
+    return folded_recalls(scores, owner, folds=folds)
 
 
 def _rank_of(rows: np.ndarray, target: np.ndarray) -> np.ndarray:

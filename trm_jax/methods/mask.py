@@ -7,7 +7,7 @@ and the prototypes alone (evaluate/knowledge_matching.py).
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +66,7 @@ class _Parts(NamedTuple):
     memory: Memory
 
 
+_SAMPLE_KEYS = ("features", "region_mask", "sample_region", "sample_word", "valid")
 _CHOICES = {
     "negatives": ("others", "unlabelled", "all"),
     "prototypes": ("running", "learnable"),
@@ -131,7 +132,7 @@ def make(
             "embed_image": functools.partial(_embed_image, parts),
             "samples": functools.partial(_all_samples, parts),
         },
-        refresh=functools.partial(_refresh, parts),
+        refresh=functools.partial(_refresh, parts, jax.jit(functools.partial(_add, parts))),
     )
 
 
@@ -237,18 +238,22 @@ def _all_samples(parts: _Parts, params, extras, batch: Batch):
     return {"mu": mu, "features": features, "word": word, "where": where}
 
 
-def _refresh(parts: _Parts, params: PyTree, extras: PyTree, batches: Iterable[Batch]) -> PyTree:
-    """The exact prototypes: the mean of mu over all regions of each word (Eq. 2)."""
+def _add(parts: _Parts, params: PyTree, sums: memory_of_words.Sums, batch: Batch):
+    """The sums with a batch's regions."""
+    found = _all_samples(parts, params, {}, batch)
+    return memory_of_words.accumulate(sums, found["mu"], found["word"], where=found["where"])
 
-    @jax.jit
-    def add(params, sums, batch):
-        found = _all_samples(parts, params, {}, batch)
-        return memory_of_words.accumulate(sums, found["mu"], found["word"], where=found["where"])
 
+def _refresh(
+    parts: _Parts, add: Callable, params: PyTree, extras: PyTree, batches: Iterable[Batch]
+) -> PyTree:
+    """The exact prototypes: the mean of mu over all regions of each word (Eq. 2).
+
+    add: `_add`, compiled once for all epochs.
+    """
     sums = memory_of_words.create_sums(len(parts.words), parts.model.config["width"])
-    names = ("features", "region_mask", "sample_region", "sample_word", "valid")
     for batch in batches:
-        sums = add(params, sums, {name: batch[name] for name in names})
+        sums = add(params, sums, {name: batch[name] for name in _SAMPLE_KEYS})
     return {**extras, "prototypes": memory_of_words.finish(sums, extras["prototypes"])}
 
 

@@ -119,20 +119,20 @@ def make_pair_scorer(
     transform,
     *,
     batch_size: int,
+    text_length: int,
     workers: int,
     buckets: Sequence[int],
 ) -> Callable[[PyTree, PyTree], pair_scores.Scores]:
-    """(params, extras) -> the scores of all images and captions of `source`, for ensembles.
+    """(params, extras) -> the scores of all images and captions of `source`: those of a method that
+    scores pairs, or the cosines of two towers.
 
-    Arguments as those of `make_evaluator`. Raises UserError for a method that scores no pairs.
+    Arguments as those of `make_evaluator`. Raises UserError for a method that embeds no texts.
     """
-    for name in _NEEDS["pair_scores"]:
-        if name not in method.predict:
-            raise UserError(f"this method scores no pairs: it has no {name!r}")
-    context = _context(
-        method, source, tokenizer, transform, batch_size, workers=workers, buckets=tuple(buckets)
-    )
-    return _pair_scorer(context)
+    if "embed_text" not in method.predict:
+        raise UserError("this method matches no images and captions: it has no 'embed_text'")
+    given = method, source, tokenizer, transform, batch_size, text_length
+    context = _context(*given, workers=workers, buckets=tuple(buckets))
+    return _pair_scorer(context) if "pair_scores" in method.predict else _tower_scorer(context)
 
 
 class _Context(NamedTuple):
@@ -241,22 +241,41 @@ def _multilabel(context: _Context) -> Evaluator:
     return evaluate
 
 
-def _retrieval(context: _Context) -> Evaluator:
+def _towers(context: _Context) -> Callable[[PyTree, PyTree], tuple]:
+    """(params, extras) -> what retrieval embeds and scores."""
     source = context.source
     texts = CaptionTexts(source, context.tokenizer, context.length)
     images = ImageExamples(source, context.transform, np.unique(texts.image_index))
 
-    def evaluate(params, extras):
-        return retrieval.evaluate(
+    def sides(params, extras):
+        return (
             context.bind("embed_image", params, extras),
             context.bind("embed_text", params, extras),
             context.batches(images),
             context.batches(texts),
-            folds=context.folds,
-            to_host=to_host,
         )
 
+    return sides
+
+
+def _retrieval(context: _Context) -> Evaluator:
+    sides = _towers(context)
+
+    def evaluate(params, extras):
+        found = sides(params, extras)
+        return retrieval.evaluate(*found, folds=context.folds, to_host=to_host)
+
     return evaluate
+
+
+def _tower_scorer(context: _Context) -> Callable[[PyTree, PyTree], pair_scores.Scores]:
+    sides = _towers(context)
+
+    def score(params, extras):
+        found = sides(params, extras)
+        return pair_scores.Scores(*retrieval.score_all(*found, to_host=to_host))
+
+    return score
 
 
 def _pair_scorer(context: _Context) -> Callable[[PyTree, PyTree], pair_scores.Scores]:

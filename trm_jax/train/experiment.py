@@ -164,13 +164,14 @@ def _build_knowledge(config: ConfigDict, cache_dir: Path) -> Experiment:
 
 
 def pair_scorer(config: ConfigDict, built: Experiment) -> Callable[[PyTree, PyTree], Scores]:
-    """(params, extras) -> the scores of all pairs of the evaluation split, for ensembles."""
+    """(params, extras) -> the scores of all pairs of the evaluation split."""
     return make_pair_scorer(
         built.method,
         built.test,
         built.tokenizer,
         datasets.transform(config.data, train=False),
         batch_size=config.evaluate.batch_size,
+        text_length=config.data.text_length,
         workers=config.data.workers,
         buckets=config.data.length_buckets,
     )

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from trm_jax.data import caption_words, corpus_vectors, word_vectors
+from trm_jax.data import caption_words, corpus_vectors, sources, word_vectors
 from trm_jax.data.region_rows import ImageRegions, RegionRows
 from trm_jax.data.sources.base import Source
 from trm_jax.data.sources.labelled_regions import LabelledRegions, RegionSource
@@ -83,12 +82,7 @@ def _open_regions(data: ConfigDict) -> RegionSource:
         raise UserError(f"data.root is empty; '{data.dataset}' needs the place of its files")
     opener = REGIONS[data.dataset]
     options = {name: v for name, v in data.options.to_dict().items() if v not in ("", ())}
-    accepted = list(inspect.signature(opener).parameters)[1:]
-    for name in options:
-        if name not in accepted:
-            raise UserError(
-                f"dataset '{data.dataset}' has no option '{name}'; it has {', '.join(accepted)}"
-            )
+    sources.check_options(data.dataset, opener, options)
     return opener(data.root, **options)
 
 
@@ -198,15 +192,19 @@ class CaptionMatcher:
         )
 
     def scores(
-        self, images: Iterable[tuple[Any, Any]], positions: np.ndarray, vectors: np.ndarray
+        self,
+        images: Iterable[tuple[Any, Any]],
+        positions: np.ndarray,
+        prototypes: caption_prototypes.CaptionPrototypes,
     ) -> pair_scores.Scores:
-        """All pairs of images, in batches of (regions, mask), and captions.
+        """All pairs of images and captions.
 
-        positions: [n], which image of the source each one is. vectors: [K, Z].
+        images: batches of (regions [n, r, Z], mask [n, r]). positions: [n], which image of the
+        source each one is. prototypes: of `self.prototypes`.
         """
         found = knowledge_matching.score_all(
             images,
-            self.prototypes(vectors).vectors,
+            prototypes.vectors,
             self.captions,
             pooling=self._settings.pooling,
         )
@@ -246,7 +244,8 @@ def make_scorer(
         images = list(encoded(bound, source, most=most, batch_size=size, workers=workers))
         vectors = evaluation.to_host(extras["prototypes"].vectors)
         positions = np.concatenate([image.positions for image in images])
-        return matcher.scores(((i.regions, i.mask) for i in images), positions, vectors)
+        pairs = ((image.regions, image.mask) for image in images)
+        return matcher.scores(pairs, positions, matcher.prototypes(vectors))
 
     return score
 

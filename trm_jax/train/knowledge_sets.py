@@ -169,8 +169,9 @@ def score(
         batches = finetune.transformed(batches, knowledge.region_map)
     positions = np.concatenate([image.positions for image in images])
     chosen = knowledge.random_regions if random_regions else knowledge.prototypes
-    found = matcher.scores(batches, positions, chosen)
-    report = {**matcher.prototypes(chosen).report, "captions_unusable": matcher.captions.unusable}
+    prototypes = matcher.prototypes(chosen)
+    found = matcher.scores(batches, positions, prototypes)
+    report = {**prototypes.report, "captions_unusable": matcher.captions.unusable}
     report["tokens_dropped"] = sum(matcher.captions.dropped.values())
     return Matched(found, report)
 
@@ -203,5 +204,5 @@ def tune(
 def _check_encoder(knowledge: Knowledge, of: Encoder) -> None:
     made = knowledge.provenance.get("encoder")
     if made != of.identity:
-        remedy = "leave out --workdir" if made == RAW else "give the --workdir that it was built of"
+        remedy = "add --raw" if made == RAW else "give the --workdir that it was built of"
         raise UserError(f"the knowledge was built with another encoder; {remedy}")

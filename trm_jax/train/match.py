@@ -52,8 +52,8 @@ def build(options: Options) -> None:
     """Writes the knowledge of a run."""
     options.needs("workdir", "out")
     built, params, extras, step = knowledge_sets.open_run(options.workdir)
-    settings = _config(options.workdir)
-    provenance = {"run": options.workdir, "step": step, "vectors": settings.words.vectors}
+    vectors = _config(options.workdir).words.get("vectors", "")
+    provenance = {"run": options.workdir, "step": step, "vectors": vectors}
     found = knowledge_sets.build(
         built, params, extras, raw=options.raw, seed=options.seed, provenance=provenance
     )

@@ -137,6 +137,8 @@ def load(workdir: str | Path, features: np.ndarray | None = None) -> Predictor:
     """
     folder = Path(workdir)
     config = workdirs.read_config(folder)
+    if config.method == "mask":
+        raise UserError(f"{folder} is a run of MASK; launch/match.py builds and uses its knowledge")
     saved = workdirs.read_json(folder / "vocabulary.json")
     tokenizer = tokenizers.from_config(saved["tokenizer"])
     # Prediction needs no kernel of a certain device.

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,20 @@ def open_source(dataset: str, split: str, *, root: str = "", **options) -> Sourc
     if split not in _SPLITS.get(dataset, ("train", "test")):
         raise UserError(f"dataset '{dataset}' has no split '{split}'")
     opener = DATASETS[dataset]
-    accepted = [name for name in inspect.signature(opener).parameters if name not in _FIXED]
+    check_options(dataset, opener, options)
+    if dataset not in _ROOTLESS and not root:
+        raise UserError(f"data.root is empty; dataset '{dataset}' needs the place of its files")
+    return opener(os.path.expanduser(root), split, **options)
+
+
+def check_options(dataset: str, opener: Callable, options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that is no argument of `opener` behind its first."""
+    first, *others = inspect.signature(opener).parameters
+    accepted = [name for name in others if name not in _FIXED and name != first]
     for name in options:
         if name not in accepted:
             known = ", ".join(accepted) or "none"
             raise UserError(f"dataset '{dataset}' has no option '{name}'; it has {known}")
-    if dataset not in _ROOTLESS and not root:
-        raise UserError(f"data.root is empty; dataset '{dataset}' needs the place of its files")
-    return opener(os.path.expanduser(root), split, **options)
 
 
 def _open_glyphs(
