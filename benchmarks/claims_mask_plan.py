@@ -146,6 +146,13 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             Variant(kind, MASK, {"words.caption_words": kind}, (_in("caption_words", kind),))
             for kind in ("all", "nouns_adjectives", "nouns")
         ),
+        # Words such as "the" are outside the knowledge too: what interpolation does for nouns.
+        Variant(
+            "nouns, drop",
+            MASK,
+            {"words.caption_words": "nouns", "words.unknown": "drop"},
+            (_in("caption_words", "nouns, w/o OOD"),),
+        ),
         *(_fine_tuned(f"fine-tuned {steps}", steps) for steps in FINE_TUNING),
         _fine_tuned("fine-tuned prototypes", FINE_TUNING[1], transform_regions=False),
     ),

@@ -194,6 +194,8 @@ def _model(file: Mapping[str, Any], model: str) -> list[str]:
         if lse
         else ""
     )
+    if plan.MODELS[model][1].get("loss.warmup_epochs"):
+        note += " The triplet keeps to the mean over negatives: at the hardest it collapsed."
     columns = report.metric_columns([*measure.RECALLS, "Rsum", "Rsum_best"])
     parts = [
         f"## {model}\n",

@@ -11,6 +11,8 @@ python launch/match.py score    --workdir=OTHER_RUN --out=base.npy          # SC
 python launch/match.py rerank   --base=base.npy --other=mask.npy --alpha=0.15 --out=reranked.npz
 python launch/match.py finetune --workdir=RUN --knowledge=mask.safetensors --steps=200 \\
     --out=tuned.safetensors
+python launch/match.py draw     --workdir=RUN --knowledge=mask.safetensors --images=PHOTOS \\
+    --base=base.npy --other=mask.npy --out=pictures
 
 A score matrix is a .npy file, float [images, captions]; score writes whose captions they are beside
 it (.json), for the recalls. --raw goes with a set built --raw; the images and captions are those
@@ -29,24 +31,25 @@ from trm_jax.types import UserError
 _FLAGS = {
     "workdir": "Folder of the run",
     "knowledge": "File of a knowledge",
-    "other": "merge: another knowledge; rerank: the scores that help",
+    "other": "merge: another knowledge; rerank, draw: the scores that help",
     "compare": "inspect: a knowledge that is drawn beside it",
     "word": "inspect: whose neighbours are listed",
     "groups": "inspect: NAME:WORD,WORD;NAME:.. of the words that are drawn",
-    "base": "rerank: the scores that are re-ranked",
-    "dataset": "score, finetune: a dataset with captions, default: the run's",
-    "root": "score, finetune: its folder",
-    "out": "The file to write",
+    "base": "rerank, draw: the scores that are re-ranked",
+    "images": "draw: the folder of the photos",
+    "dataset": "score, finetune, draw: a dataset with captions, default: the run's",
+    "root": "score, finetune, draw: its folder",
+    "out": "The file to write; draw: the folder",
 }
 for _name, _help in _FLAGS.items():
     flags.DEFINE_string(_name, "", _help)
-flags.DEFINE_string("split", "test", "score, finetune: of the dataset")
-flags.DEFINE_multi_string("set", [], "score, finetune: FIELD=VALUE of the `words` section")
+flags.DEFINE_string("split", "test", "score, finetune, draw: of the dataset")
+flags.DEFINE_multi_string("set", [], "score, finetune, draw: FIELD=VALUE of the `words` section")
 flags.DEFINE_bool("raw", False, "The features themselves, without an encoder (MACK)")
 flags.DEFINE_bool("random_regions", False, "score: in place of prototypes")
-flags.DEFINE_bool("transform_regions", True, "score: by the map of a fine-tuned knowledge")
-flags.DEFINE_float("alpha", 0.15, "rerank: weight of the scores that help", lower_bound=0.0)
-flags.DEFINE_integer("top", 100, "rerank: candidates of a query", lower_bound=1)
+flags.DEFINE_bool("transform_regions", True, "score, draw: by the map of a fine-tuned knowledge")
+flags.DEFINE_float("alpha", 0.15, "rerank, draw: weight of the scores that help", lower_bound=0.0)
+flags.DEFINE_integer("top", 100, "rerank, draw: candidates of a query", lower_bound=1)
 flags.DEFINE_integer(
     "captions_per_image", 0, "rerank: of each image, where no .json is beside --base", lower_bound=0
 )

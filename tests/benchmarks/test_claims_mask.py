@@ -93,8 +93,8 @@ def test_the_first_row_stands_in_every_recipe(tasks):
     keys = [key for key, _ in tasks[0].config.matching.variants]
     assert keys == [
         "drop", "random", "global_mean", "bidirectional", "procrustes", "m=1", "m=K/8", "m=K/2",
-        "m=K", "nouns_adjectives", "nouns", "fine-tuned 50", "fine-tuned 200", "fine-tuned 800",
-        "fine-tuned prototypes",
+        "m=K", "nouns_adjectives", "nouns", "nouns, drop", "fine-tuned 50", "fine-tuned 200",
+        "fine-tuned 800", "fine-tuned prototypes",
     ]  # fmt: skip
     moved = _tasks(1, overrides={"words.caption_words": "nouns", "loss.contrastive_weight": 5.0})
     keys = {key for key, _ in moved[0].config.matching.variants}

@@ -17,7 +17,7 @@ from trm_jax.train import workdirs
 from trm_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
-OTHERS = ("MS", "MS+NAP", "MS+Proxy-Anchor", "Polyloss")
+OTHERS = ("MS", "MS+NAP", "MS+Proxy-Anchor", "Polyloss", "InfoNCE")
 
 
 def _tasks(seeds=3, **more):
@@ -46,14 +46,14 @@ def test_the_plan_has_every_run_once_in_the_order_of_their_worth(tasks):
     first = ("triplet", "triplet+NAP")
     assert order[:6] == [(name, "SCAN i2t", seed) for seed in range(3) for name in first]
     # The frequencies and contexts that the row MS+NAP does not have already.
-    assert order[6:10] == [(name, "SCAN i2t", 0) for name in OTHERS]
-    swept = [(t.conditions[0]["K"], t.config.loss.context) for t in tasks[10:15]]
+    assert order[6:11] == [(name, "SCAN i2t", 0) for name in OTHERS]
+    swept = [(t.conditions[0]["K"], t.config.loss.context) for t in tasks[11:16]]
     assert swept == [*((k, "mean_nouns") for k in (1, 3, 5, 8)), (2, "per_noun")]
-    assert order[15:] == [
+    assert order[16:] == [
         (name, model, 0) for model in ("SCAN t2i", "SGRAF-SAF") for name in (*first, *OTHERS)
     ]
-    assert len({task.folder for task in tasks}) == len(tasks) == 27
-    assert len(_tasks(2, sweep_seeds=5)) == 2 * (6 + 5 + 12)
+    assert len({task.folder for task in tasks}) == len(tasks) == 30
+    assert len(_tasks(2, sweep_seeds=5)) == 2 * (7 + 5 + 14)
 
 
 def test_the_row_of_the_paper_stands_in_every_recipe(tasks):
@@ -84,17 +84,20 @@ def test_each_run_is_its_row(tasks):
         "MS+NAP": ("multi_similarity", "nap"),
         "MS+Proxy-Anchor": ("multi_similarity", "proxy_anchor"),
         "Polyloss": ("polynomial", "none"),
+        "InfoNCE": ("infonce", "none"),
     }
     for task in tasks:
         config, condition = task.config, task.conditions[0]
         assert (config.loss.pair, config.loss.nouns) == losses[task.name]
         triplet = task.name.startswith("triplet")
-        assert config.loss.warmup_epochs == (1.0 if triplet else 0.0)
+        saf = condition["model"] == "SGRAF-SAF"
+        assert config.loss.warmup_epochs == (0.0 if not triplet else 3.0 if saf else 1.0)
         assert config.seed == task.seed and config.data.root == "data"
-        assert (config.train.epochs, config.optimizer.drop_epochs) == (6, (4,))
+        length = (config.train.epochs, config.optimizer.drop_epochs)
+        assert length == ((3, (2,)) if saf else (6, (4,)))
         assert config.data.holdout == 0.0 and config.data.cache_dir == "runs/nouns"
         scorer = config.model.matching.scorer
-        if condition["model"] == "SGRAF-SAF":
+        if saf:
             assert config.model.matching.kind == "sgraf"
             assert (scorer.module, scorer.sim_dim) == ("saf", 64)
             continue
@@ -108,10 +111,10 @@ def test_each_run_is_its_row(tasks):
 
 
 def test_the_folder_follows_what_a_run_reads(tasks):
-    folders = {(t.name, t.seed, t.conditions[0]["model"]): t.folder for t in tasks[:10]}
+    folders = {(t.name, t.seed, t.conditions[0]["model"]): t.folder for t in tasks[:11]}
 
     def changed(**more):
-        other = plan.tasks(**{"seeds": 3, "data": "data", "cache_dir": Path("x"), **more})[:10]
+        other = plan.tasks(**{"seeds": 3, "data": "data", "cache_dir": Path("x"), **more})[:11]
         names = {(t.name, t.seed, t.conditions[0]["model"]): t.folder for t in other}
         return {name for (name, *_), folder in names.items() if folder not in folders.values()}
 
@@ -179,7 +182,7 @@ def _row(file, name, metric, **condition):
 def test_means_and_the_papers_figures_stand_beside_their_rows(tasks):
     file = _results(tasks)
     assert "partial" not in file and not any(file["unfinished_runs"].values())
-    assert file["seconds"] == 27 * 60.0
+    assert file["seconds"] == 30 * 60.0
     row = _row(file, "triplet", "t2i_R@1", model="SCAN i2t")
     assert (row["mean"], row["std"], row["seeds"], row["paper"]) == (11.0, 1.0, 3, 32.3)
     row = _row(file, "MS+NAP", "Rsum", model="SCAN i2t", recipe="K", K=8)
@@ -333,7 +336,7 @@ def test_the_command_goes_on_from_records_of_runs_and_results(tmp_path):
     file = workdirs.read_json(path)
     assert set(file["records"]) == {run, kept}
     assert _row(file, "triplet+NAP", "t2i_R@1")["mean"] == 13.0
-    assert file["unfinished_runs"] == {"SCAN i2t": 9, "SCAN t2i": 6, "SGRAF-SAF": 6}
+    assert file["unfinished_runs"] == {"SCAN i2t": 10, "SCAN t2i": 7, "SGRAF-SAF": 7}
     assert "| triplet+NAP over triplet | 3.0 |" in path.with_suffix(".md").read_text()
     listed = [("done" if t.folder in (run, kept) else "todo", t.folder) for t in tasks]
     assert said[1:] == [" ".join(line) for line in listed]

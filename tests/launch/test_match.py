@@ -2,6 +2,7 @@
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 
@@ -108,6 +109,33 @@ def test_a_knowledge_is_looked_at_and_merged(launch, built, tmp_path):
                     f"--out={both}")  # fmt: skip
     assert merged.code == 0
     assert knowledge_file.load(both).counts.sum() == 2 * knowledge_file.load(built[0]).counts.sum()
+
+
+def test_words_and_what_reranking_moved_are_drawn(launch, run, built, tmp_path):
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for name in range(knowledge_data.TEST_IMAGES):  # the images have no names but their numbers
+        cv2.imwrite(str(photos / f"{name}.png"), rng.integers(0, 255, (30, 40, 3), np.uint8))
+    flags = ("draw", f"--workdir={run}", f"--knowledge={built[0]}")
+    out = tmp_path / "pictures"
+    assert launch("match", *flags, f"--images={photos}", f"--out={out}").code == 0
+    assert sorted(path.name for path in out.iterdir()) == [f"words_{k}.png" for k in range(1, 5)]
+    scores = rng.normal(size=(2, 24, 48)).astype(np.float32)
+    for name, matrix in zip("ab", scores, strict=True):
+        np.save(tmp_path / f"{name}.npy", matrix)
+    both = (f"--base={tmp_path / 'a.npy'}", f"--other={tmp_path / 'b.npy'}", "--top=24")
+    drawn = launch("match", *flags, f"--images={photos}", f"--out={out}", *both, "--alpha=2")
+    assert drawn.code == 0 and (out / "reranked.png").stat().st_size > 20_000
+    cases = [
+        ((), "features alone"),
+        ((f"--images={tmp_path / 'none'}",), "is no folder"),
+        ((f"--images={tmp_path}",), "has no photo"),
+        ((f"--images={photos}", both[0]), "belong together"),
+        ((f"--images={photos}", *both, "--alpha=0"), "nothing to draw"),
+    ]
+    for more, message in cases:
+        refused = launch("match", *flags, f"--out={out}", *more)
+        assert refused.code == 2 and message in refused.refusal(), more
 
 
 def test_mistakes_are_one_line(launch, run, built, tmp_path):

@@ -1,6 +1,7 @@
 """Knowledge sets of runs of MASK: built, matched with captions, fine-tuned; launch/match.py."""
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,25 +128,8 @@ def open_captioned(data: ConfigDict, *, dataset: str, root: str, split: str) -> 
     return sources.open_source(name, split, root=place, **options)
 
 
-class Matched(NamedTuple):
-    """Scores of a captioned set by a knowledge, and what was done about its words."""
-
-    scores: pair_scores.Scores
-    report: dict[str, Any]
-
-
-def score(
-    knowledge: Knowledge,
-    of: Encoder,
-    source: Source,
-    settings: ConfigDict,
-    *,
-    vectors: word_vectors.VectorSource | None,
-    most: int,
-    random_regions: bool = False,
-    transform_regions: bool = True,
-) -> Matched:
-    """Matches all images of `source` with all its captions.
+class Sides:
+    """The images and the captions of a source, as a knowledge meets them.
 
     Args:
       knowledge: with an encoder or raw.
@@ -154,48 +138,68 @@ def score(
       settings: the config's `words` section.
       vectors: of words outside the knowledge; None if settings.unknown is "drop".
       most: regions of an image.
-      random_regions: in place of prototypes (the ablation of Table 1).
       transform_regions: apply the map of a fine-tuned knowledge to regions too.
 
     Raises:
       UserError: the knowledge is of another encoder, or a setting cannot be.
     """
-    _check_encoder(knowledge, of)
-    words = settings_of.Words(knowledge.words, knowledge.word_vectors, vectors)
-    matcher = settings_of.CaptionMatcher(source, words, settings)
-    images = list(settings_of.encoded(of.embed, source, most=most, batch_size=_IMAGES))
-    batches: Any = ((image.regions, image.mask) for image in images)
-    if transform_regions:
-        batches = finetune.transformed(batches, knowledge.region_map)
+
+    def __init__(
+        self,
+        knowledge: Knowledge,
+        of: Encoder,
+        source: Source,
+        settings: ConfigDict,
+        *,
+        vectors: word_vectors.VectorSource | None,
+        most: int,
+        transform_regions: bool = True,
+    ):
+        _check_encoder(knowledge, of)
+        words = settings_of.Words(knowledge.words, knowledge.word_vectors, vectors)
+        self.knowledge, self.source = knowledge, source
+        self.matcher = settings_of.CaptionMatcher(source, words, settings)
+        self._embed, self._most = of.embed, most
+        self._map = knowledge.region_map if transform_regions else None
+
+    def images(self) -> Iterator[settings_of.Encoded]:
+        """All readable images in order, in batches."""
+        found = settings_of.encoded(self._embed, self.source, most=self._most, batch_size=_IMAGES)
+        for batch in found:
+            ((regions, mask),) = finetune.transformed([(batch.regions, batch.mask)], self._map)
+            yield settings_of.Encoded(np.asarray(regions), np.asarray(mask), batch.positions)
+
+
+class Matched(NamedTuple):
+    """Scores of a captioned set by a knowledge, and what was done about its words."""
+
+    scores: pair_scores.Scores
+    report: dict[str, Any]
+
+
+def score(sides: Sides, *, random_regions: bool = False) -> Matched:
+    """Matches all images with all captions.
+
+    random_regions: in place of prototypes (the ablation of Table 1).
+    """
+    matcher, knowledge, images = sides.matcher, sides.knowledge, list(sides.images())
     positions = np.concatenate([image.positions for image in images])
     chosen = knowledge.random_regions if random_regions else knowledge.prototypes
     prototypes = matcher.prototypes(chosen)
-    found = matcher.scores(batches, positions, prototypes)
+    pairs = ((image.regions, image.mask) for image in images)
+    found = matcher.scores(pairs, positions, prototypes)
     report = {**prototypes.report, "captions_unusable": matcher.captions.unusable}
     report["tokens_dropped"] = sum(matcher.captions.dropped.values())
     return Matched(found, report)
 
 
-def tune(
-    knowledge: Knowledge,
-    of: Encoder,
-    source: Source,
-    settings: ConfigDict,
-    *,
-    vectors: word_vectors.VectorSource | None,
-    most: int,
-    **options: Any,
-) -> tuple[Knowledge, finetune.FineTuning]:
-    """The knowledge fitted to the images and captions of `source`, whose pairs are not looked at.
+def tune(sides: Sides, **options: Any) -> tuple[Knowledge, finetune.FineTuning]:
+    """The knowledge fitted to the images and captions, whose pairs are not looked at.
 
-    Arguments as of `score`; `options` are those of finetune.fit.
+    options: those of finetune.fit.
     """
-    _check_encoder(knowledge, of)
-    words = settings_of.Words(knowledge.words, knowledge.word_vectors, vectors)
-    matcher = settings_of.CaptionMatcher(source, words, settings)
-    images = settings_of.encoded(of.embed, source, most=most, batch_size=_IMAGES)
-    pairs = ((image.regions, image.mask) for image in images)
-    regions = finetune.list_regions(finetune.transformed(pairs, knowledge.region_map))
+    matcher, knowledge = sides.matcher, sides.knowledge
+    regions = finetune.list_regions((image.regions, image.mask) for image in sides.images())
     prototypes = matcher.prototypes(knowledge.prototypes).vectors
     fitted = finetune.fit(regions, prototypes, matcher.captions, **options)
     return knowledge_file.transform(knowledge, fitted.matrix), fitted

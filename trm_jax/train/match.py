@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from trm_jax.data import word_vectors
 from trm_jax.evaluate import pair_scores, reranking, retrieval
 from trm_jax.memory import knowledge_file
 from trm_jax.train import experiment, knowledge_sets, sharding, workdirs
@@ -26,6 +25,7 @@ class Options(NamedTuple):
     word: str = ""
     groups: str = ""
     base: str = ""
+    images: str = ""
     dataset: str = ""
     root: str = ""
     out: str = ""
@@ -113,19 +113,9 @@ def score(options: Options) -> None:
             found = experiment.pair_scorer(config, built)(params, extras)
         source = built.test
     else:
-        options.needs("knowledge")
-        of, source, words = _sides(options, config, built, params, extras)
-        matched = knowledge_sets.score(
-            knowledge_file.load(Path(options.knowledge)),
-            of,
-            source,
-            words,
-            vectors=_vectors(words, built),
-            most=config.rows.most,
-            random_regions=options.random_regions,
-            transform_regions=options.transform_regions,
-        )
-        found, report = matched.scores, matched.report
+        sides = _sides(options, config, built, params, extras)
+        matched = knowledge_sets.score(sides, random_regions=options.random_regions)
+        source, found, report = sides.source, matched.scores, matched.report
     np.save(out, found.scores)
     recalls = pair_scores.metrics(found)
     body = {
@@ -164,23 +154,37 @@ def rerank(options: Options) -> None:
 
 def tune(options: Options) -> None:
     """Fits a knowledge to the images and captions of a domain, whose pairs are not looked at."""
-    options.needs("workdir", "knowledge", "out")
+    options.needs("workdir", "out")
     built, params, extras, _ = knowledge_sets.open_run(options.workdir)
-    config = _config(options.workdir)
-    of, source, words = _sides(options, config, built, params, extras)
+    sides = _sides(options, _config(options.workdir), built, params, extras)
     tuned, fitted = knowledge_sets.tune(
-        knowledge_file.load(Path(options.knowledge)),
-        of,
-        source,
-        words,
-        vectors=_vectors(words, built),
-        most=config.rows.most,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
+        sides, steps=options.steps, learning_rate=options.learning_rate, seed=options.seed
     )
     knowledge_file.save(tuned, Path(options.out))
     print(f"{options.out}: loss {fitted.loss[0]:.4g} -> {fitted.loss[-1]:.4g}")
+
+
+def draw(options: Options) -> None:
+    """Writes pictures of words with their regions, and of what re-ranking moved."""
+    from trm_jax.train import knowledge_pictures as pictures  # late: only this command draws
+
+    options.needs("workdir", "out")
+    if bool(options.base) != bool(options.other):
+        raise UserError("--base and --other belong together: the scores, and those that help them")
+    built, params, extras, _ = knowledge_sets.open_run(options.workdir)
+    sides = _sides(options, _config(options.workdir), built, params, extras)
+    photos, out = pictures.Photos(sides.source, options.images), Path(options.out)
+    written = pictures.draw_words(sides, photos, out)
+    if options.base:
+        names = options.base, options.other
+        base, other = (_read_scores(name) for name in names)
+        reranked = pictures.draw_reranked(
+            base, other, sides, photos, out / "reranked.png",
+            alpha=options.alpha, top=options.top, names=names,
+        )  # fmt: skip
+        written.append(reranked)
+    for path in written:
+        print(path)
 
 
 COMMANDS: dict[str, Callable[[Options], None]] = {
@@ -190,6 +194,7 @@ COMMANDS: dict[str, Callable[[Options], None]] = {
     "score": score,
     "rerank": rerank,
     "finetune": tune,
+    "draw": draw,
 }
 
 
@@ -198,10 +203,12 @@ def _config(workdir: str) -> ConfigDict:
     return workdirs.read_config(Path(workdir))
 
 
-def _sides(options: Options, config: ConfigDict, built, params, extras):
-    """(the encoder, the captioned images, the `words` section with --set)."""
-    encoder = knowledge_sets.raw_encoder()
-    if not options.raw:
+def _sides(options: Options, config: ConfigDict, built, params, extras) -> knowledge_sets.Sides:
+    """The captioned images as --knowledge meets them, with the `words` section and --set."""
+    options.needs("knowledge")
+    if options.raw:
+        encoder = knowledge_sets.raw_encoder()
+    else:
         encoder = knowledge_sets.encoder(built, params, extras)
     source = built.test
     if options.dataset or options.root or options.split != "test":
@@ -218,11 +225,15 @@ def _sides(options: Options, config: ConfigDict, built, params, extras):
             words[field] = kind(value)
         except ValueError:
             raise UserError(f"--set={text}: {value!r} is no {kind.__name__}") from None
-    return encoder, source, ConfigDict(words)
-
-
-def _vectors(words: ConfigDict, built) -> word_vectors.VectorSource | None:
-    return None if words.unknown == "drop" else built.words.source
+    return knowledge_sets.Sides(
+        knowledge_file.load(Path(options.knowledge)),
+        encoder,
+        source,
+        ConfigDict(words),
+        vectors=None if words["unknown"] == "drop" else built.words.source,
+        most=config.rows.most,
+        transform_regions=options.transform_regions,
+    )
 
 
 def _scores_file(name: str) -> Path:

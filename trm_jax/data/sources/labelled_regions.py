@@ -169,6 +169,7 @@ class CaptionedRegions:
         self.num_without_regions = len(captions) - len(known)
         self._rows = [rows[name] for name in self.ids]
         self._captions = tuple(captions.captions(index) for index in known)
+        self._pictures, self._known = captions, known
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -180,6 +181,13 @@ class CaptionedRegions:
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of one image."""
         return self._captions[index]
+
+    def picture(self, index: int) -> np.ndarray:
+        """uint8 [h, w, 3], where the captions' source has images; BadSampleError otherwise."""
+        found = self._pictures.read(self._known[index]).get("image")
+        if found is None:
+            raise BadSampleError(f"image {self.ids[index]}: its source has no images")
+        return found
 
     def region_boxes(self, index: int) -> np.ndarray:
         """float [r, 4] of x1, y1, x2, y2 in pixels; BadSampleError if the file has none."""
