@@ -12,6 +12,7 @@ from trm_jax.types import BadSampleError, UserError
 from trm_jax.visualize import caption_text, words_regions
 from trm_jax.visualize.reranked import Captions, Query, render_reranked, shown_images
 
+_SHOWN = 3  # answers of a query
 _ENDINGS = ("", ".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -148,9 +149,10 @@ def draw_reranked(
     return render_reranked(
         to_image,
         to_text,
-        {index: photos.read(index) for index in shown_images(to_image, to_text)},
+        {index: photos.read(index) for index in shown_images(to_image, to_text, top=_SHOWN)},
         Captions(texts, owner, sides.matcher.captions),
         path=path,
+        top=_SHOWN,
         names=(Path(names[0]).stem, f"with {Path(names[1]).stem}"),
         note=f"alpha {alpha:g}, first {top}",
     )
@@ -158,6 +160,7 @@ def draw_reranked(
 
 def _moved(before: np.ndarray, after: np.ndarray, ranking: Any, count: int) -> list[Query]:
     better, worse = (rows.tolist() for rows in reranking.examples(before, after))
+    better.sort(key=lambda row: after[row] >= _SHOWN)  # seen in the picture, then the others
     worse = worse[: count // 2]
     rows = better[: count - len(worse)] + worse
     return [Query(row, ranking.before[row], ranking.order[row]) for row in rows]
