@@ -16,6 +16,7 @@ from benchmarks import claims_mask_plan as plan
 from benchmarks import claims_mask_report as report
 from benchmarks import harness
 from tests import knowledge_data, tiny
+from tests.benchmarks.results_checks import row_of
 from trm_jax.data.caption_words import CaptionWords
 from trm_jax.evaluate import retrieval
 from trm_jax.train import finetune, workdirs
@@ -336,48 +337,36 @@ def _results(tasks, records=None, reranked=None):
     return report.results(tasks, records or _records(tasks), reranked or {}, seeds=3, sweep_seeds=1)
 
 
-def _row(file, name, metric, **condition):
-    found = [
-        row
-        for row in file["rows"]
-        if (row["name"], row["metric"]) == (name, metric)
-        and condition.items() <= row["condition"].items()
-        and ("recipe" in condition or "recipe" not in row["condition"])
-    ]
-    (row,) = found
-    return row
-
-
 def test_rows_of_runs_and_of_variants_with_the_papers_figures(tasks):
     file = _results(tasks)
     assert "partial" not in file and file["unfinished_runs"] == {"flickr8k": 0}
     assert file["seconds"] == 17 * 60.0
-    row = _row(file, "MASK", "Rsum")
+    row = row_of(file, "MASK", "Rsum")
     assert (row["mean"], row["std"], row["seeds"], row["paper"]) == (41.0, 1.0, 3, 122.8)
-    row = _row(file, "w/o OOD", "Rsum")
+    row = row_of(file, "w/o OOD", "Rsum")
     assert (row["mean"], row["seeds"], row["paper"]) == (100.0, 3, 116.2)
-    assert row == {**_row(file, "w/o OOD", "Rsum", unknown="drop", recipe="unknown"),
+    assert row == {**row_of(file, "w/o OOD", "Rsum", unknown="drop", recipe="unknown"),
                    "condition": row["condition"]}  # fmt: skip
-    row = _row(file, "MASK", "t2i_R@5", recipe="m", m="1")
+    row = row_of(file, "MASK", "t2i_R@5", recipe="m", m="1")
     assert (row["mean"], row["paper"]) == (15.0, 13.9)
-    row = _row(file, "MASK", "Rsum", recipe="lambda2", lambda2=5.0)
+    row = row_of(file, "MASK", "Rsum", recipe="lambda2", lambda2=5.0)
     assert (row["mean"], row["seeds"], row["paper"]) == (45.0, 1, 103.4)
-    row = _row(file, "MASK", "Rsum", recipe="depth", depth="FRM, 2 FC + 5 attention")
+    row = row_of(file, "MASK", "Rsum", recipe="depth", depth="FRM, 2 FC + 5 attention")
     assert (row["mean"], row["paper"]) == (45.0, 130.7)
-    row = _row(file, "MACK, global mean", "Rsum")
+    row = row_of(file, "MACK, global mean", "Rsum")
     assert (row["mean"], row["std"], row["paper"], row["values"]) == (
         102.0, None, 41.7, {"None": 102.0},
     )  # fmt: skip
-    assert _row(file, "chance", "Rsum")["mean"] == 4.0
-    assert _row(file, "MASK", "uncovered")["paper"] is None
+    assert row_of(file, "chance", "Rsum")["mean"] == 4.0
+    assert row_of(file, "MASK", "uncovered")["paper"] is None
 
 
 def test_leads_are_taken_seed_by_seed(tasks):
     gain = report.leads(_results(tasks))
-    row = _row(gain, "over w/o L_cl", "Rsum")
+    row = row_of(gain, "over w/o L_cl", "Rsum")
     assert row["values"] == {"0": 20.0, "1": 20.0, "2": 20.0}
     assert (row["std"], row["paper"]) == (0.0, 30.4)
-    row = _row(gain, "over MACK", "Rsum")  # which has no seed
+    row = row_of(gain, "over MACK", "Rsum")  # which has no seed
     assert row["values"] == {"0": 15.0, "1": 16.0, "2": 17.0} and row["paper"] == 27.5
 
 
@@ -478,7 +467,7 @@ def test_the_command_goes_on_from_records_and_reranks(tmp_path):
     assert said[1].startswith("SCAN re-ranked, seed 0: Rsum ") and said[2] == "0 runs to do"
     file = workdirs.read_json(path)
     assert set(file["records"]) == {run, kept} and len(file["reranked"]) == 1
-    rsum = _row(file, "SCAN", "Rsum", recipe="re-ranked", alpha=0.15)["mean"]
+    rsum = row_of(file, "SCAN", "Rsum", recipe="re-ranked", alpha=0.15)["mean"]
     owner = arrays["image_of_text"]
     assert rsum == pytest.approx(retrieval.recalls(scores, owner)["Rsum"], abs=1e-4)
     assert file["unfinished_runs"] == {"flickr8k": 9, "glyphs": 11}

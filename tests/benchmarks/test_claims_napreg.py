@@ -13,6 +13,7 @@ from benchmarks import claims_napreg_measure as measure
 from benchmarks import claims_napreg_plan as plan
 from benchmarks import claims_napreg_report as report
 from benchmarks import harness
+from tests.benchmarks.results_checks import row_of
 from trm_jax.train import workdirs
 from trm_jax.types import UserError
 
@@ -167,28 +168,16 @@ def _results(tasks, records=None):
     return report.results(tasks, records or _records(tasks), seeds=3, sweep_seeds=1)
 
 
-def _row(file, name, metric, **condition):
-    found = [
-        row
-        for row in file["rows"]
-        if (row["name"], row["metric"]) == (name, metric)
-        and condition.items() <= row["condition"].items()
-        and ("recipe" in condition or "recipe" not in row["condition"])
-    ]
-    (row,) = found
-    return row
-
-
 def test_means_and_the_papers_figures_stand_beside_their_rows(tasks):
     file = _results(tasks)
     assert "partial" not in file and not any(file["unfinished_runs"].values())
     assert file["seconds"] == 30 * 60.0
-    row = _row(file, "triplet", "t2i_R@1", model="SCAN i2t")
+    row = row_of(file, "triplet", "t2i_R@1", model="SCAN i2t")
     assert (row["mean"], row["std"], row["seeds"], row["paper"]) == (11.0, 1.0, 3, 32.3)
-    row = _row(file, "MS+NAP", "Rsum", model="SCAN i2t", recipe="K", K=8)
+    row = row_of(file, "MS+NAP", "Rsum", model="SCAN i2t", recipe="K", K=8)
     # R@1 are 25 and 50; each R@5 has 4 and each R@10 9 more.
     assert (row["mean"], row["std"], row["paper"]) == (3 * 75 + 26, None, 188.7 + 224.2)
-    row = _row(file, "MS+NAP", "proxies", model="SCAN i2t", recipe="K", K=1)
+    row = row_of(file, "MS+NAP", "proxies", model="SCAN i2t", recipe="K", K=1)
     assert (row["mean"], row["paper"]) == (8000, 3874)
     # Its K says nothing of these: other models, other losses, another context.
     for row in file["rows"]:
@@ -203,14 +192,14 @@ def test_means_and_the_papers_figures_stand_beside_their_rows(tasks):
 
 def test_leads_are_taken_seed_by_seed(tasks):
     gain = report.leads(_results(tasks))
-    row = _row(gain, "triplet+NAP over triplet", "t2i_R@1", model="SCAN i2t")
+    row = row_of(gain, "triplet+NAP over triplet", "t2i_R@1", model="SCAN i2t")
     # 13, 15, 17 over 10, 11, 12.
     assert row["values"] == {"0": 3.0, "1": 4.0, "2": 5.0} and row["paper"] is None
     assert (row["mean"], row["std"]) == (4.0, 1.0)
-    row = _row(gain, "MS+NAP over MS", "i2t_R@1", model="SGRAF-SAF")
+    row = row_of(gain, "MS+NAP over MS", "i2t_R@1", model="SGRAF-SAF")
     assert (row["mean"], row["std"], row["seeds"]) == (8.0, None, 1)
-    assert _row(gain, "MS+Proxy-Anchor over MS", "t2i_R@1", model="SCAN t2i")["mean"] == -1.0
-    row = _row(gain, "MS+NAP over triplet", "i2t_Rsum", model="SCAN i2t")
+    assert row_of(gain, "MS+Proxy-Anchor over MS", "t2i_R@1", model="SCAN t2i")["mean"] == -1.0
+    row = row_of(gain, "MS+NAP over triplet", "i2t_Rsum", model="SCAN i2t")
     # One seed of both; the paper has 229.7 and 216.0.
     assert (row["seeds"], row["mean"], row["paper"]) == (1, 3 * 28.0, 13.7)
 
@@ -335,7 +324,7 @@ def test_the_command_goes_on_from_records_of_runs_and_results(tmp_path):
     assert said[0] == "0 runs to do", done.stderr
     file = workdirs.read_json(path)
     assert set(file["records"]) == {run, kept}
-    assert _row(file, "triplet+NAP", "t2i_R@1")["mean"] == 13.0
+    assert row_of(file, "triplet+NAP", "t2i_R@1")["mean"] == 13.0
     assert file["unfinished_runs"] == {"SCAN i2t": 10, "SCAN t2i": 7, "SGRAF-SAF": 7}
     assert "| triplet+NAP over triplet | 3.0 |" in path.with_suffix(".md").read_text()
     listed = [("done" if t.folder in (run, kept) else "todo", t.folder) for t in tasks]

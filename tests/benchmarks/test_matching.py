@@ -13,6 +13,7 @@ from benchmarks import matching_sides as sides
 from benchmarks import matching_workers as workers
 from benchmarks import measurements
 from benchmarks.matching_sides import SIDES, Task
+from tests.benchmarks.results_checks import goes_on_where_it_stopped
 
 TINY = Task(
     "speed", tuple(SIDES), images=15, captions=40, regions=5, width=24, words=4, knowledge=60,
@@ -159,32 +160,14 @@ def test_the_plan():
 
 @pytest.mark.parity
 def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
-    path, calls = tmp_path / "matching.json", []
-    tasks = [TINY._replace(part="memory", sides=(side,)) for side in ("ours", "NumPy")]
-
-    def measure(benchmark, task):
-        assert benchmark is plans.BENCHMARK
-        if task.sides[0] in broken:
-            return [], "exit code 1"
-        calls.append(task)
+    def row(task):
         more = {"inputs_mb": 7, "result_mb": 1}
-        row = measurements.timed_row(task, task.sides[0], "peak_mb", [12.5], "MB", more)
-        return [row | {"device": "cpu", "load": 0.1}], ""
+        return measurements.timed_row(task, task.sides[0], "peak_mb", [12.5], "MB", more)
 
-    monkeypatch.setattr(measurements, "measure", measure)
-    options: dict[str, Any] = {"again": False, "backend": "cpu", "device": "cpu"}
-    broken = ["NumPy"]
-    with pytest.raises(RuntimeError, match="1 measurements failed: cpu memory NumPy .*exit code 1"):
-        measurements.run(plans.BENCHMARK, tasks, path, **options)
-    assert json.loads(path.read_text())["partial"] is True
-    broken.clear()
-    measurements.run(plans.BENCHMARK, tasks, path, **options)
-    body = json.loads(path.read_text())
-    assert calls == tasks and "partial" not in body
-    assert [row["name"] for row in body["rows"]] == ["ours", "NumPy"]
-    assert "| cpu |  | 15 x 40 | NumPy | 12.5 | 7 | 1 |" in path.with_suffix(".md").read_text()
-    measurements.run(plans.BENCHMARK, tasks, path, **options | {"again": True})
-    assert calls == tasks * 2
+    tasks = [TINY._replace(part="memory", sides=(side,)) for side in ("ours", "NumPy")]
+    given = plans.BENCHMARK, tasks, row, tmp_path / "matching.json", monkeypatch
+    text = goes_on_where_it_stopped(*given, message="cpu memory NumPy")
+    assert "| cpu |  | 15 x 40 | NumPy | 12.5 | 7 | 1 |" in text
 
 
 def test_a_worker_prints_its_rows():

@@ -12,6 +12,7 @@ from benchmarks import scoring_programs as programs
 from benchmarks import scoring_report as report
 from benchmarks import scoring_workers as workers
 from benchmarks.scoring_programs import SCORERS, Task
+from tests.benchmarks.results_checks import goes_on_where_it_stopped
 from trm_jax.types import UserError
 
 TINY = Task(
@@ -133,28 +134,10 @@ def test_threads_that_are_not_there():
 
 
 def test_started_again_only_what_is_missing_is_measured(tmp_path, monkeypatch):
-    path, calls = tmp_path / "scoring.json", []
+    def row(task):
+        return measurements.timed_row(task, task.scorer, "max_difference", [0.5], "")
+
     tasks = [TINY._replace(part="training", scorer=name, sizes=()) for name in ("SAF", "SGR")]
-
-    def measure(benchmark, task):
-        assert benchmark is plans.BENCHMARK
-        if task.scorer in broken:
-            return [], "exit code 1"
-        calls.append(task)
-        row = measurements.timed_row(task, task.scorer, "max_difference", [0.5], "")
-        return [row | {"device": "cpu", "load": 0.1}], ""
-
-    monkeypatch.setattr(measurements, "measure", measure)
-    options: dict[str, Any] = {"again": False, "backend": "cpu", "device": "cpu"}
-    broken = ["SGR"]
-    with pytest.raises(RuntimeError, match="1 measurements failed: cpu training SGR .*exit code 1"):
-        measurements.run(plans.BENCHMARK, tasks, path, **options)
-    assert json.loads(path.read_text())["partial"] is True
-    broken.clear()
-    measurements.run(plans.BENCHMARK, tasks, path, **options)
-    body = json.loads(path.read_text())
-    assert calls == tasks and "partial" not in body
-    assert [row["name"] for row in body["rows"]] == ["SAF", "SGR"]
-    assert "| cpu |  | 32 | training | SGR | 0.5 |  |  |" in path.with_suffix(".md").read_text()
-    measurements.run(plans.BENCHMARK, tasks, path, **options | {"again": True})
-    assert calls == tasks * 2
+    given = plans.BENCHMARK, tasks, row, tmp_path / "scoring.json", monkeypatch
+    text = goes_on_where_it_stopped(*given, message="cpu training SGR")
+    assert "| cpu |  | 32 | training | SGR | 0.5 |  |  |" in text
