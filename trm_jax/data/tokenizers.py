@@ -11,45 +11,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import ftfy
 import numpy as np
 
+from trm_jax.data.token_rows import Tokenizer, token_rows
+from trm_jax.data.wordpiece import WordpieceTokenizer
 from trm_jax.types import UserError
 
 _WORD = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the package asks of a tokenizer."""
-
-    vocab_size: int
-    sos_id: int
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without SOS and EOS."""
-        ...
-
-    def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """int32 [n, length]: SOS, tokens, EOS, then zeros; too long texts lose their end."""
-        ...
-
-    def to_config(self) -> dict[str, Any]:
-        """A JSON-able dict from which `from_config` makes an equal tokenizer."""
-        ...
-
-
-def _rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> np.ndarray:
-    if length < 2:
-        raise UserError(f"text length {length} leaves no room for SOS and EOS; give 2 or more")
-    rows = np.zeros((len(texts), length), np.int32)
-    for row, text in zip(rows, texts, strict=True):
-        ids = [tokenizer.sos_id, *tokenizer.encode(text)[: length - 2], tokenizer.eos_id]
-        row[: len(ids)] = ids
-    return rows
 
 
 # OpenAI's markers count at the start of a word only: a run of punctuation swallows them.
@@ -108,7 +79,7 @@ class ClipTokenizer:
 
     def __call__(self, texts: Sequence[str], length: int = 77) -> np.ndarray:
         """int32 [n, length]; see `Tokenizer`."""
-        return _rows(self, texts, length)
+        return token_rows(self, texts, length)
 
     def to_config(self) -> dict[str, Any]:
         """{"kind": "clip"}."""
@@ -159,7 +130,7 @@ class WordTokenizer:
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """int32 [n, length]; see `Tokenizer`."""
-        return _rows(self, texts, length)
+        return token_rows(self, texts, length)
 
     def to_config(self) -> dict[str, Any]:
         """{"kind": "words", "words": [...]}."""
@@ -217,7 +188,5 @@ def from_config(config: Mapping[str, Any]) -> Tokenizer:
     if kind == "words":
         return WordTokenizer(config["words"])
     if kind == "wordpiece":
-        from trm_jax.data.wordpiece import WordpieceTokenizer  # late: it imports this module
-
         return WordpieceTokenizer(config["words"], config["lowercase"], config["strip_accents"])
     raise UserError(f"tokenizer kind '{kind}' is unknown; it is one of clip, words, wordpiece")

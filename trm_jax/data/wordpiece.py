@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trm_jax.data.tokenizers import _rows
+from trm_jax.data.token_rows import token_rows
 from trm_jax.types import UserError
 
 _PAD, _UNKNOWN, _START, _END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
@@ -96,7 +96,7 @@ class WordpieceTokenizer:
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """int32 [n, length]; see `Tokenizer`."""
-        return _rows(self, texts, length)
+        return token_rows(self, texts, length)
 
     def to_config(self) -> dict[str, Any]:
         """{"kind": "wordpiece", "words": [...], "lowercase": ..., "strip_accents": ...}."""
