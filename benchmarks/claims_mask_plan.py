@@ -156,7 +156,20 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         *(_fine_tuned(f"fine-tuned {steps}", steps) for steps in FINE_TUNING),
         _fine_tuned("fine-tuned prototypes", FINE_TUNING[1], transform_regions=False),
     ),
-    **{name: (_dropped(f"{name}, w/o OOD"),) for name in LOSSES if name != MASK},
+    **{
+        name: (
+            _dropped(f"{name}, w/o OOD"),
+            # With nouns alone, interpolated words are words of things.
+            Variant(
+                "nouns",
+                MASK,
+                {"words.caption_words": "nouns"},
+                (_in("caption_words", f"nouns, {name}"),),
+            ),
+        )
+        for name in LOSSES
+        if name != MASK
+    },
     MACK: (
         Variant("interpolate", "MACK, with OOD", {"words.unknown": "interpolate"}),
         Variant("random", "MACK, random region", {"matching.prototypes": "random"}),

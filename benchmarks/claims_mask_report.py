@@ -198,8 +198,10 @@ def _factor(part: Mapping[str, Any]) -> str:
     means = {row["name"]: row["mean"] for row in rows_at(part, metric="Rsum")}
     if not {plan.MASK, plan.CHANCE} <= means.keys():
         return ""
-    times = means[plan.MASK] / means[plan.CHANCE]
-    return f"MASK's Rsum is {times:.1f} times that of chance.\n"
+    text = f"MASK's Rsum is {means[plan.MASK] / means[plan.CHANCE]:.1f} times that of chance"
+    if "w/o OOD" in means:
+        text += f", {means['w/o OOD'] / means[plan.CHANCE]:.1f} times without OOD"
+    return f"{text}.\n"
 
 
 def _recipe(file: Mapping[str, Any], source: str, recipe: str, title: str) -> list[str]:

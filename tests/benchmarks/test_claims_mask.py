@@ -72,7 +72,7 @@ def test_each_run_is_its_row(tasks):
         assert config.matching.evaluated.split == "test"
         keys = [key for key, _ in config.matching.variants]
         if task.name != "MASK":
-            assert keys == ["drop"]
+            assert keys == ["drop", "nouns"]
         else:
             assert bool(keys) == (len(task.conditions) > 1)
 
@@ -395,7 +395,7 @@ def test_pages_are_written_from_the_file_alone(tasks, tmp_path):
     assert "## Knowledge of COCO's boxes, Flickr8k's captions" in text
     cells = "| 5.9 ± 0.1 (4.8) | 5.9 ± 0.1 (14.8) |"
     assert f"| MASK {cells}" in text and "| 41.0 ± 1.0 (122.8) |" in text
-    assert "MASK's Rsum is 10.2 times that of chance." in text
+    assert "MASK's Rsum is 10.2 times that of chance, 25.0 times without OOD." in text
     assert "| over w/o L_cl | 2.9 ± 0.0 (2.2) | 2.9 ± 0.0 (3.0) | 20.0 ± 0.0 (30.4) |" in text
     assert re.search(r"\| 1 \|.* \*\*45.0\*\* \(112.7\) \|\n\| 3 \|.*\n\| 5 \|", text)
     assert re.search(r"\| m \|.*\n.*\n\| 1 \|.*\n\| 10 \|.*\n\| K/8 \|", text)
