@@ -155,7 +155,7 @@ class _Captions:
         return 3
 
     def read(self, index):
-        return {}
+        return {} if index else {"image": np.full((2, 3, 3), 9, np.uint8)}  # of image 9 alone
 
     def captions(self, index):
         return (f"caption of {self.ids[index]}",)
@@ -172,6 +172,9 @@ def test_captions_find_the_regions_of_their_images(tmp_path):
         assert source.captions(index) == (f"caption of {source.ids[index]}",)
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again.read(1)["features"], FEATURES[[0, 2]])
+    assert source.picture(0).shape == (2, 3, 3) and source.picture(0).max() == 9
+    with pytest.raises(BadSampleError, match="image 7: its source has no images"):
+        source.picture(1)
     bare = CaptionedRegions(_write(tmp_path / "b.npz", boxes=None), _Captions())
     with pytest.raises(BadSampleError, match="image 9: its file of regions has no boxes"):
         bare.region_boxes(0)
