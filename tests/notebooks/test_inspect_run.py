@@ -1,15 +1,9 @@
-"""The notebook runs from its first cell to its last, on a run of a few steps."""
+"""The notebook of TRM-ML runs from its first cell to its last, on a run of a few steps."""
 
-import base64
-import json
-import os
-from pathlib import Path
-
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[2]
+from tests.notebooks.executed import execute
+
 TINY = {
     "model.pretrained": "random",  # the pictures need no good model
     "model.clip.text.layers": 1,
@@ -32,28 +26,10 @@ TINY = {
 @pytest.mark.filterwarnings("default")
 def test_runs_and_shows_its_pictures(tmp_path):
     """Every cell runs; the printed mAP is the run's; pictures are inline."""
-    workdir = tmp_path / "run"
-    environment = os.environ | {
-        "TRM_NOTEBOOK_WORKDIR": str(workdir),
-        "TRM_NOTEBOOK_OVERRIDES": json.dumps(TINY),
-        "XLA_FLAGS": "",  # one device compiles faster than the eight of these tests
-    }
-    book = nbformat.read(ROOT / "notebooks" / "inspect_run.ipynb", as_version=4)
-    client = NotebookClient(book, timeout=300, kernel_name="python3")
-    client.resources = {"metadata": {"path": str(ROOT / "notebooks")}}
-    client.execute(env=environment)
-
-    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
-    text = "".join(output.text for output in outputs if output.output_type == "stream")
-    final = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    text, final = execute("inspect_run.ipynb", tmp_path / "run", TINY)
     assert f"final mAP: {final['mAP']}" in text
     assert final["step"] == 6
-
-    shown = [
-        output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})
-    ]
-    files = sorted((workdir / "pictures").glob("*.png"))
-    assert sorted(map(base64.b64decode, shown)) == sorted(file.read_bytes() for file in files)
+    files = sorted((tmp_path / "run" / "pictures").glob("*.png"))
     assert [file.stem for file in files] == [
         "curves", "prototypes", "regions_0", "regions_1", "regions_2", "thresholds"
     ]  # fmt: skip
