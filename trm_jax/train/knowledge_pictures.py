@@ -82,16 +82,17 @@ def draw_words(
     written: list[Path] = []
     for batch in sides.images():
         for regions, mask, index in zip(*batch, strict=True):
-            number = int(firsts[index])
+            texts, number = source.captions(int(index)), int(firsts[index])
+            if not texts:
+                continue
             own = captions.indices[captions.indptr[number] : captions.indptr[number + 1]]
-            if not source.captions(int(index)) or not len(own):
+            if not len(own):
                 continue
             best, cosines = knowledge_matching.best_regions(regions, mask, prototypes[own])
             photo = photos.read(int(index))
-            text = source.captions(int(index))[0]
             path = words_regions.render_words(
                 photo,
-                caption_text.parts(text, captions, number),
+                caption_text.parts(texts[0], captions, number),
                 best,
                 cosines,
                 path=out / f"words_{len(written) + 1}.png",
