@@ -5,7 +5,6 @@ Three streams of scenes: regions with words to learn from, captioned ones to mat
 from which word vectors are made.
 """
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from trm_jax.data.sources.glyphs import GlyphScenes
 from trm_jax.data.sources.labelled_regions import CaptionedRegions, LabelledRegions
 from trm_jax.models.clip import towers
 from trm_jax.pretrained import registry
-from trm_jax.train import distributed
+from trm_jax.train import distributed, workdirs
 from trm_jax.types import UserError
 
 _ENCODER = "glyphs"
@@ -64,10 +63,7 @@ def open_all(data: ConfigDict, cache_dir: Path) -> GlyphKnowledge:
             _write(path, part, held_out, options, data.image_size)
         others = GlyphScenes(seed=_seed(seed, _TEXTS), size=options["texts"], image_size=32)
         lines = [text for index in range(len(others)) for text in others.captions(index)]
-        # Whole or not at all: another run may be reading it.
-        temporary = texts.with_name(f".{texts.name}.{os.getpid()}")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(temporary, texts)
+        workdirs.write_text(texts, "\n".join(lines) + "\n")  # another run may be reading it
     distributed.barrier()
     return GlyphKnowledge(LabelledRegions(files[0]), CaptionedRegions(files[1], scenes[1]), texts)
 

@@ -21,6 +21,8 @@ class Photos:
 
     source: an image is `folder`/ID, with or without an ending, or what the source itself paints.
     folder: "" for the latter.
+
+    Raises UserError if there is no such folder, or the source paints nothing.
     """
 
     def __init__(self, source: Source, folder: str):

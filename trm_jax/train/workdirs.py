@@ -55,11 +55,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_json(path: Path, body: dict[str, Any]) -> None:
-    """Writes atomically, so that a killed run leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(body, indent=1, default=str) + "\n")
+def write_text(path: Path, text: str) -> None:
+    """Writes atomically: a killed run, or one beside it, leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, body: dict[str, Any]) -> None:
+    """Writes an object, as `write_text` does."""
+    write_text(path, json.dumps(body, indent=1, default=str) + "\n")
 
 
 def read_config(folder: Path) -> ConfigDict:
