@@ -63,3 +63,11 @@ def test_a_schedule_that_is_none(schedule):
         phases.plan(12, batch_size=4, epochs=2, schedule=schedule)
     with pytest.raises(UserError, match="larger than the 12 training examples"):
         phases.plan(12, batch_size=4, epochs=2, schedule=((1, 13),))
+
+
+@pytest.mark.parametrize(
+    ("size", "epochs", "told"), [(0, 2, "data.batch_size is 0"), (4, 0, "train.epochs is 0")]
+)
+def test_without_a_schedule_the_wrong_field_is_named(size, epochs, told):
+    with pytest.raises(UserError, match=told):
+        phases.plan(8, batch_size=size, epochs=epochs, steps=0, schedule=())

@@ -61,16 +61,19 @@ def plan(
       schedule: (epochs, batch size) one after the other; the last one holds until the end.
 
     Raises:
-      UserError: an epoch has not one full batch, or the schedule is no list of such pairs.
+      UserError: an epoch has not one full batch, the schedule is no list of such pairs, or there
+        is neither an epoch nor a step.
     """
-    pairs = [tuple(pair) for pair in schedule] or [(epochs, batch_size)]
+    pairs = [tuple(pair) for pair in schedule]
     if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
         raise UserError(
             f"data.batch_size_schedule={tuple(pairs)} must be pairs (epochs, batch size), such as "
             "((200, 4096), (200, 2048))"
         )
+    if not steps and epochs < 1:
+        raise UserError(f"train.epochs is {epochs}; it must be at least 1, or give train.steps")
     phases, step, epoch = [], 0, 0
-    for length, size in pairs:
+    for length, size in pairs or [(epochs, batch_size)]:
         per_epoch = pipeline.steps_per_epoch(num_examples, size)
         phases.append(Phase(step, epoch, size, per_epoch))
         step, epoch = step + length * per_epoch, epoch + length
